@@ -1,0 +1,95 @@
+"""Networks: shapes, batch statistics, how the head starts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from memmeta.models import conv4, mlp, resnet12
+from memmeta.models.normalization import EPSILON, BatchNorm, batch_statistics
+
+NETWORKS = {
+    "conv4": (lambda **o: conv4(5, width=4, image_shape=(18, 16, 3), **o), (18, 16, 3), 4),
+    "resnet12": (lambda **o: resnet12(5, widths=(3, 4), image_shape=(9, 8, 3), **o), (9, 8, 3), 4),
+    "mlp": (lambda **o: mlp(5, (6, 4), (3, 2), **o), (3, 2), 4),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_shapes_and_dtypes(name, dtype):
+    build, shape, features = NETWORKS[name]
+    network = build(dtype=dtype)
+    params = network.init(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    images = jax.random.randint(jax.random.key(1), (6, *shape), 0, 256).astype(jnp.uint8)
+    found = jax.jit(network.body)(params["body"], images, jnp.ones(6))
+    assert found.shape == (6, features) and found.dtype == jnp.float32
+    assert (network.features, network.ways) == (features, 5)
+    assert network.head(params["head"], found).shape == (6, 5)
+    scaled = jax.jit(network.body)(params["body"], images.astype(jnp.float32) / 255, jnp.ones(6))
+    np.testing.assert_allclose(found, scaled, atol=1e-5 if dtype == jnp.float32 else 0.2)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_head_starts_from_zeros_or_at_the_scale_asked(name):
+    build, _, features = NETWORKS[name]
+    head = build(head_scale=0.0).init(jax.random.key(0))["head"]
+    assert not head["kernel"].any() and not head["bias"].any()
+    head = build(head_scale=1e-3).init(jax.random.key(0))["head"]
+    assert 1e-4 < head["kernel"].std() * features**0.5 < 1e-2 and not head["bias"].any()
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (8, 2)])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_batch_statistics_closed_form(shape, offset):
+    inputs = offset + jax.random.normal(jax.random.key(0), shape)
+    weights = jnp.asarray([2.0, 1.0, 0.0, 0.0] + [1.0] * (shape[0] - 4))
+    mean, variance = batch_statistics(inputs, weights)
+    wide = np.asarray(inputs, np.float64).reshape(shape[0], -1, shape[-1])
+    share = np.asarray(weights, np.float64)[:, None, None] / (weights.sum() * wide.shape[1])
+    expected = (share * wide).sum((0, 1))
+    np.testing.assert_allclose(mean, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(variance, (share * (wide - expected) ** 2).sum((0, 1)), rtol=2e-5)
+
+
+def test_batch_norm_weights_pick_the_examples_that_give_the_statistics():
+    inputs = 3 + 2 * jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+    layer = BatchNorm()
+    params = layer.init(jax.random.key(1), inputs, jnp.ones(8))
+    weights = jnp.repeat(jnp.asarray([1.0, 0.0]), 4)
+    found = layer.apply(params, inputs, weights)
+    np.testing.assert_allclose(found[:4], layer.apply(params, inputs[:4], jnp.ones(4)), atol=1e-5)
+    np.testing.assert_allclose(found[:4].mean((0, 1, 2)), 0, atol=1e-5)
+    variance = inputs[:4].var((0, 1, 2))
+    np.testing.assert_allclose(found[:4].var((0, 1, 2)), variance / (variance + EPSILON), rtol=1e-4)
+    changed = layer.apply(params, inputs.at[6].set(100.0), weights)
+    np.testing.assert_allclose(changed[:6], found[:6], atol=1e-6)
+    assert jnp.isfinite(layer.apply(params, inputs, jnp.zeros(8))).all()
+
+
+def test_batch_norm_derivatives_against_finite_differences():
+    with jax.enable_x64(True):
+        inputs = jax.random.normal(jax.random.key(0), (4, 3, 2, 2), jnp.float64)
+        weights = jnp.asarray([1.0, 1.0, 1.0, 0.0])
+        params = {"params": {"scale": jnp.asarray([0.5, -2.0]), "bias": jnp.asarray([1.0, 3.0])}}
+
+        def loss(inputs, params):
+            return jnp.sum(jnp.sin(BatchNorm().apply(params, inputs, weights)))
+
+        check_grads(loss, (inputs, params), order=2, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: conv4(0), "ways: must be at least 1, found 0"),
+        (lambda: conv4(5, head_scale=-1.0), "head_scale: must be at least 0, found -1.0"),
+        (lambda: conv4(5, image_shape=(15, 28, 1)), "image_shape: 15x28 cannot be halved 4 times"),
+        (lambda: resnet12(5, image_shape=(12, 12, 3)), "image_shape: 12x12 cannot be halved 4"),
+    ],
+)
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
