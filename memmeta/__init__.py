@@ -1,0 +1,21 @@
+"""memmeta: bilevel meta-learning in JAX with memory that does not grow with the inner loop."""
+
+from memmeta import hypergradient, inner, linear_solve
+from memmeta.inner import InnerLoop, accelerated, gradient_descent
+from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
+from memmeta.problem import Problem, Task
+
+__all__ = [
+    "InnerLoop",
+    "MetaState",
+    "MetaStep",
+    "Metrics",
+    "Problem",
+    "Task",
+    "accelerated",
+    "gradient_descent",
+    "hypergradient",
+    "inner",
+    "linear_solve",
+    "make_meta_step",
+]

@@ -1,0 +1,182 @@
+"""Pytrees split in two and put together again, and what an output depends on."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf can be differentiated: floating point or complex, no integer and no PRNG key."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def split(tree: PyTree, chosen: PyTree[bool]) -> tuple[PyTree, PyTree]:
+    """Split a tree into (chosen, others), each with `None` where the other has its leaf.
+
+    Args:
+        tree: any pytree.
+        chosen: the same tree with a Python bool at each leaf.
+
+    Returns:
+        Two trees that `merge` puts together again.
+
+    Example:
+        >>> split({"a": 1.0, "b": 2}, {"a": True, "b": False})
+        ({'a': 1.0, 'b': None}, {'a': None, 'b': 2})
+    """
+    kept = jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen)
+    rest = jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen)
+    return kept, rest
+
+
+def merge(kept: PyTree, rest: PyTree) -> PyTree:
+    """Put together what `split` took apart.
+
+    Example:
+        >>> merge({"a": 1.0, "b": None}, {"a": None, "b": 2})
+        {'a': 1.0, 'b': 2}
+    """
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def split_inexact(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """`split` into the leaves that can be differentiated and the others.
+
+    Example:
+        >>> split_inexact((1.0, 2))
+        ((1.0, None), (None, 2))
+    """
+    return split(tree, jax.tree.map(is_inexact, tree))
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point entry of a tree is finite.
+
+    Example:
+        >>> bool(all_finite({"a": jnp.ones(2), "n": 3}))
+        True
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [jnp.bool_(True)]))
+
+
+def norm(tree: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm of a tree, without overflow or underflow of the squares.
+
+    Sums are taken in float32 at least, so bfloat16 trees lose nothing more.
+
+    Example:
+        >>> round(float(norm({"a": jnp.array([3e30]), "b": jnp.array([4e30])})) / 1e30, 3)
+        5.0
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    leaves = [leaf.astype(accumulator(leaf.dtype)) for leaf in leaves if leaf.size]
+    if not leaves:
+        return jnp.float32(0.0)
+    dtype = max((leaf.dtype for leaf in leaves), key=lambda d: jnp.finfo(d).bits)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]))
+    scale = jnp.where(largest > 0, largest, 1)
+    squares = [jnp.sum((leaf / scale.astype(leaf.dtype)) ** 2).astype(dtype) for leaf in leaves]
+    return scale * jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype sums are taken in: float32 for the half-precision types, else the dtype itself.
+
+    Example:
+        >>> accumulator(jnp.bfloat16).__name__, jnp.dtype(accumulator(jnp.float64)).name
+        ('float32', 'float64')
+    """
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree[bool]:
+    """Which output leaves have a derivative, zero or not, with respect to any inexact input leaf.
+
+    The answer is structural: it is read off the traced derivative, nothing is computed. Integer
+    outputs, and outputs that depend on the argument only through `stop_gradient`, do not depend.
+
+    Args:
+        function: a pure function of one pytree.
+        argument: where to trace it (arrays or `jax.ShapeDtypeStruct`).
+
+    Returns:
+        The tree of outputs with a Python bool at each leaf.
+
+    Example:
+        >>> dependence(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
+        {'a': True, 'b': False}
+    """
+    floats, others = split_inexact(argument)
+
+    def derivative(floats: PyTree, tangents: PyTree) -> tuple[PyTree, PyTree]:
+        outputs, derivatives = jax.jvp(lambda x: function(merge(x, others)), (floats,), (tangents,))
+        # float0 tangents of integer outputs cannot leave a traced function
+        return outputs, jax.tree.map(
+            lambda d: None if d.dtype == jax.dtypes.float0 else d, derivatives
+        )
+
+    closed, shapes = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
+    outputs, derivatives = shapes
+    leaves = len(jax.tree.leaves(floats))
+    reached = _reached(closed, [False] * leaves + [True] * leaves)
+    marks = iter(reached[len(jax.tree.leaves(outputs)) :])
+    flags = jax.tree.map(lambda shape: jnp.issubdtype(shape.dtype, jnp.inexact), outputs)
+    return jax.tree.map(lambda inexact: next(marks) if inexact else False, flags)
+
+
+def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
+    """Follow the marked inputs of a traced function through it to its outputs."""
+    jaxpr = closed.jaxpr
+    tainted = {variable for variable, mark in zip(jaxpr.invars, marked, strict=True) if mark}
+
+    def is_tainted(atom: Any) -> bool:
+        return not isinstance(atom, Literal) and atom in tainted
+
+    for equation in jaxpr.eqns:
+        inputs = [is_tainted(atom) for atom in equation.invars]
+        inner = equation.params.get("jaxpr")
+        if equation.primitive.name in ("pjit", "jit") and isinstance(inner, ClosedJaxpr):
+            outputs = _reached(inner, inputs)
+        else:
+            outputs = [any(inputs)] * len(equation.outvars)
+        tainted.update(v for v, mark in zip(equation.outvars, outputs, strict=True) if mark)
+    return [is_tainted(atom) for atom in jaxpr.outvars]
+
+
+def leading_size(tree: PyTree, name: str) -> int:
+    """The length of the leading axis shared by all leaves of a tree.
+
+    Args:
+        tree: arrays with a common leading axis.
+        name: how to call the tree in an error.
+
+    Returns:
+        That length.
+
+    Raises:
+        ValueError: there is no leaf, a leaf is a scalar, or the lengths differ.
+
+    Example:
+        >>> leading_size({"x": np.ones((4, 2)), "y": np.ones(4)}, "tasks")
+        4
+    """
+    shapes = {
+        jax.tree_util.keystr(path): np.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"{name}: every leaf needs the same leading axis (one entry per task), found shapes "
+            f"{shapes or 'of no leaf at all'}. Stack the tasks with "
+            "jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)."
+        )
+    return int(sizes.pop()[0])

@@ -1,0 +1,25 @@
+"""Set-up shared by all tests: annotations checked, a compilation cache, several simulated devices."""
+
+import os
+import pathlib
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("memmeta", "beartype.beartype").install()
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
+jax.config.update("jax_compilation_cache_dir", str(cache))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64."""
+    with jax.enable_x64(True):
+        yield
