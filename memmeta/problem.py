@@ -53,6 +53,8 @@ class Problem:
             inner solvers measure the curvature and check every step.
         strong_convexity: context -> μ with ∂²_φφ g ⪰ μ·I for every φ. Optional: a ridge or a
             proximal term gives it. Certificates are rigorous only with it.
+        head: context -> `memmeta.linear_head.LinearHead`, where the losses are those of a linear
+            head. Optional: it lets solvers and estimators work in the space of the samples.
 
     Example:
         >>> import jax.numpy as jnp
@@ -72,3 +74,4 @@ class Problem:
     init: Callable[[MetaParams], Params]
     smoothness: Callable[[Context], Scalar] | None = None
     strong_convexity: Callable[[Context], Scalar] | None = None
+    head: Callable[[Context], Any] | None = None
