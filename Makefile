@@ -1,0 +1,42 @@
+# make train  meta-trains the paper's method on glyphs      make test  runs the tests
+# make lint   formatter, linter, type checker, import rules make clean removes what the others made
+# Each first makes .venv with the pinned versions of requirements.lock.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup train test lint format lock clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@echo "memmeta: making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "memmeta: installing the pinned packages of requirements.lock (some minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+train: $(READY)
+	@echo "memmeta: meta-training memory_reduced on glyphs (memmeta train --help lists the options)"
+	@$(BIN)/memmeta train $(ARGS)
+
+test: $(READY)
+	@echo "memmeta: running the tests, slowest listed last"
+	@$(BIN)/pytest -n 2 --durations=15 $(ARGS)
+
+lint: $(READY)
+	@echo "memmeta: formatter, linter, type checker, import rules"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis dist site
