@@ -271,7 +271,8 @@ def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
     r"""The minimiser of `squared_inner_loss` in closed form, in the smaller of the two spaces.
 
     $$\Phi^* = \tilde X^\top S^{1/2}
-      (S^{1/2} \tilde X \tilde X^\top S^{1/2} + \text{ridge}\, I)^{-1} S^{1/2} Y, \qquad S = \mathrm{diag}(w_i / \textstyle\sum_j w_j)$$
+      (S^{1/2} \tilde X \tilde X^\top S^{1/2} + \text{ridge}\, I)^{-1} S^{1/2} Y,
+      \qquad S = \mathrm{diag}(w_i / \textstyle\sum_j w_j)$$
 
     Args:
         context: of one task.
