@@ -114,9 +114,7 @@ def head_problem(
     return Problem(embed, inner_loss, outer_loss, init)
 
 
-def support_loss(
-    logits: Float[Array, "support ways"], targets: Int[Array, " support"]
-) -> Scalar:
+def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " support"]) -> Scalar:
     """Mean cross-entropy.
 
     Example:
@@ -171,9 +169,7 @@ def network_problem(
         loss = support_loss(logits, context.task.support_targets)
         if context.anchor is None:
             return loss
-        return loss + _half_square(
-            proximal, jax.tree.map(jnp.subtract, params, context.anchor)
-        )
+        return loss + _half_square(proximal, jax.tree.map(jnp.subtract, params, context.anchor))
 
     def outer_loss(params: Params, context: NetworkContext) -> tuple[Scalar, Any]:
         network_params = trees.merge(params, context.rest)

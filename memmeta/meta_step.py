@@ -1,9 +1,9 @@
 r"""The meta-step: chunks of tasks, their hypergradients summed in a scan, one outer update, one jit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ class Metrics(NamedTuple):
         report: mean report; `smallest_curvature` is the minimum.
         gradient_norm: ‖(1/n) Σ_i ∇F_i‖.
         masked: tasks left out because something about them was not finite.
-        tasks: the same figures task by task.
+        tasks: the same figures task by task (None once they have been averaged away).
     """
 
     loss: Scalar
@@ -65,7 +65,7 @@ class Metrics(NamedTuple):
     report: Report
     gradient_norm: Scalar
     masked: Int32[Array, ""]
-    tasks: TaskMetrics
+    tasks: TaskMetrics | None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""The learning curve of a run as a PNG."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw query loss and accuracy over the meta-steps.
+
+    Args:
+        lines: the run's log points.
+        path: of the PNG to write.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines], color="tab:blue")
+    left.set(xlabel="meta-step", ylabel="query loss", yscale="log")
+    if lines and "accuracy" in lines[0]:
+        accuracy = [100 * line["accuracy"] for line in lines]
+        right.plot(steps, accuracy, color="tab:blue", label="training tasks")
+    checked = [line for line in lines if "validation_accuracy" in line]
+    if checked:
+        right.errorbar(
+            [line["step"] for line in checked],
+            [100 * line["validation_accuracy"] for line in checked],
+            yerr=[100 * line["validation_interval"] for line in checked],
+            color="tab:orange",
+            marker="o",
+            capsize=3,
+            label="validation tasks (95 %)",
+        )
+        right.legend()
+    right.set(xlabel="meta-step", ylabel="query accuracy, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

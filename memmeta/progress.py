@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: a live bar in a terminal, plain lines in a log file."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def describe(line: dict[str, Any]) -> str:
+    """A log point in words.
+
+    Example:
+        >>> describe({"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0,
+        ...           "masked": 0})
+        'query loss 0.500, accuracy 90.0 %, 31 tasks/s'
+    """
+    parts = [f"query loss {line['loss']:.3f}"]
+    if "accuracy" in line:
+        parts.append(f"accuracy {100 * line['accuracy']:.1f} %")
+    parts.append(f"{line['tasks_per_second']:.0f} tasks/s")
+    if line["masked"]:
+        parts.append(f"{line['masked']} tasks masked (not finite)")
+    if "validation_accuracy" in line:
+        accuracy, interval = line["validation_accuracy"], line["validation_interval"]
+        parts.append(f"validation {100 * accuracy:.1f} ± {100 * interval:.1f} %")
+    return ", ".join(parts)
+
+
+@contextmanager
+def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show log points as they come.
+
+    Args:
+        meta_steps: of the whole run.
+
+    Yields:
+        The function to call with each log point.
+    """
+    if not console.is_terminal:
+        yield lambda line: console.print(
+            f"meta-step {line['step']}/{meta_steps}: {describe(line)}", soft_wrap=True
+        )
+        return
+    columns = (
+        TextColumn("meta-steps"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("compiling", total=meta_steps)
+
+        def show(line: dict[str, Any]) -> None:
+            progress.update(bar, completed=line["step"], description=describe(line))
+            if "validation_accuracy" in line:
+                progress.console.print(f"meta-step {line['step']}: {describe(line)}")
+
+        yield show
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The final report as a table."""
+    shots, ways = report["shots"], report["ways"]
+    title = f"{report['method']} on {report['data']}, {ways}-way {shots}-shot"
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, found in report["accuracy"].items():
+        value = f"{100 * found['mean']:.2f} ± {100 * found['interval']:.2f} %"
+        table.add_row(f"test accuracy, {name} ({report['episodes']} episodes, 95 %)", value)
+    table.add_row("meta-steps", str(report["meta_steps"]))
+    if report["meta_steps_per_second"] is not None:
+        table.add_row("meta-steps a second (median)", f"{report['meta_steps_per_second']:.2f}")
+    if report["meta_step_temporary_bytes"] is not None:
+        megabytes = report["meta_step_temporary_bytes"] / 1e6
+        table.add_row("memory of the compiled meta-step", f"{megabytes:.1f} MB")
+    console.print(table)
