@@ -251,7 +251,7 @@ class InnerLoop:
         [1.0, 2.0]
     """
 
-    solver: InnerSolver = accelerated()
+    solver: InnerSolver | optax.GradientTransformation = accelerated()
     steps: int = 20
 
     def __post_init__(self) -> None:
