@@ -48,8 +48,6 @@ def run_train(command: Train) -> None:
 
     config = command.config
     if command.resume:
-        if command.run is None:
-            raise UserError("--resume: name the run folder to go on with, by --run")
         holder = old_run(command.run)
     else:
         path = command.run or unused_path(Path("runs"), f"{config.data}-{config.method}")
@@ -155,6 +153,8 @@ def _run(arguments: list[str]) -> None:
     if isinstance(command, Evaluate):
         run_evaluate(command)
     else:
+        if command.resume and command.run is None:
+            raise UserError("--resume: name the run folder to go on with, by --run")
         if command.resume:
             _refuse_changes(stored, command.config)
         run_train(command)

@@ -3,7 +3,6 @@ r"""The literature's methods, each a few lines: who adapts × inner loop × esti
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import optax
 from jaxtyping import Array, Key
 

@@ -152,6 +152,8 @@ class Config:
             if found.get("data_dir") is not None:
                 found["data_dir"] = Path(found["data_dir"])
             return cls(**found)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: not a configuration of a run ({error})") from error
 

@@ -23,7 +23,7 @@ Statistics: TypeAlias = Literal["transductive", "support"]
 support images, so that each query image is judged alone."""
 
 Adapts: TypeAlias = Literal["head", "body", "all"] | Callable[[str], bool]
-"""Who adapts: a part of the network, or a predicate on parameter paths such as "body/Conv_0/kernel"."""
+"""Who adapts: a part of the network, or a predicate on paths such as "body/Conv_0/kernel"."""
 
 
 class NetworkContext(NamedTuple):

@@ -1,4 +1,4 @@
-r"""The meta-step: chunks of tasks, their hypergradients summed in a scan, one outer update, one jit."""
+"""The meta-step: hypergradients of chunks of tasks summed in a scan, one outer update, one jit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ class Metrics(NamedTuple):
 
 @dataclass(frozen=True)
 class MetaStep:
-    """One outer iteration, made by `make_meta_step`. Call it, or trace `update` in a larger program.
+    """One outer iteration, made by `make_meta_step`; call it, or trace `update` in a program.
 
     Attributes:
         problem: the bilevel problem.

@@ -18,6 +18,7 @@ from memmeta.data import Dataset, Episodes, load
 from memmeta.evaluate import Interval, confidence_interval
 from memmeta.meta_step import MetaState, MetaStep, Metrics
 from memmeta.run_folder import RunFolder
+from memmeta.trees import is_inexact
 
 # Tags that keep the run's random draws apart from one another.
 INIT, TRAIN, VALIDATION, TEST = range(4)
@@ -79,10 +80,12 @@ class Trainer:
             none_met = jnp.full_like(zeros.report.smallest_curvature, jnp.inf)
             start = zeros._replace(report=zeros.report._replace(smallest_curvature=none_met))
             state, total = jax.lax.fori_loop(0, count, body, (state, start))
-            means = jax.tree.map(lambda x: x / count.astype(jnp.float32), total)
+            means = jax.tree.map(
+                lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total
+            )
             smallest = total.report.smallest_curvature
             return state, means._replace(
-                report=means.report._replace(smallest_curvature=smallest), masked=total.masked
+                report=means.report._replace(smallest_curvature=smallest)
             )
 
         state = jax.eval_shape(self.init)

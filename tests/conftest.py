@@ -4,17 +4,17 @@ import os
 import pathlib
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 from jaxtyping import install_import_hook
 
-install_import_hook("memmeta", "beartype.beartype").install()
+install_import_hook("memmeta", "typechecker.check")
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
-jax.config.update("jax_compilation_cache_dir", str(cache))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -1,0 +1,177 @@
+"""The command line as a person meets it: a small real run, resuming, and every kind of bad input."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pandas
+import pytest
+
+from memmeta import checkpoints
+from memmeta.__main__ import main
+from memmeta.config import Config
+from memmeta.run_folder import RunFolder
+from memmeta.train import make_trainer
+
+SMALL = (
+    "--ways=3 --queries=2 --width=4 --tasks=2 --meta-steps=6 --log-every=2 "
+    "--checkpoint-every=2 --episodes=4 --inner-steps=5"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of one small finished run."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--run", str(path), *SMALL]) == 0
+    return path
+
+
+def parameters(path):
+    folder = RunFolder(path)
+    return checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+
+
+def last_line(capsys):
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_a_run_leaves_everything_behind(run):
+    metrics = pandas.read_json(run / "metrics.jsonl", lines=True)
+    assert metrics["step"].tolist() == [2, 4, 6]
+    assert np.isfinite(metrics[["loss", "accuracy", "gradient_norm"]]).all().all()
+    report = json.loads((run / "report.json").read_text())
+    assert set(report["accuracy"]) == {"any styles", "different font families"}
+    assert report["meta_step_temporary_bytes"] > 0
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert RunFolder(run).config().ways == 3
+    assert checkpoints.whole(run / "checkpoints") == [6, 4, 2]
+
+
+def test_evaluate(run, capsys):
+    assert main(["evaluate", str(run), "--episodes", "3", "--test-steps", "50"]) == 0
+    assert "3 episodes" in capsys.readouterr().out
+
+
+def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for step in (4, 6):
+        (copy / "checkpoints" / f"{step:08d}.json").unlink()
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "torn')
+    assert main(["train", "--run", str(copy), "--resume"]) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(_plain, parameters(run)),
+        jax.tree.map(_plain, parameters(copy)),
+    )
+    timing = ["tasks_per_second"]
+    first, second = (
+        pandas.read_json(path / "metrics.jsonl", lines=True).drop(columns=timing)
+        for path in (run, copy)
+    )
+    pandas.testing.assert_frame_equal(first, second)
+
+
+def _plain(leaf):
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
+
+
+def test_an_altered_checkpoint_is_passed_over(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for folder in sorted((copy / "checkpoints").glob("0*"))[::-1]:
+        if folder.is_dir():
+            largest = max(folder.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+            data = bytearray(largest.read_bytes())
+            data[len(data) // 2] ^= 1
+            largest.write_bytes(data)
+            found = checkpoints.whole(copy / "checkpoints")
+            if folder.name == f"{found[0]:08d}":
+                assert int(parameters(copy).step) == found[1]
+    assert main(["evaluate", str(copy)]) == 1
+    assert "every checkpoint was altered" in last_line(capsys)
+
+
+def test_a_checkpoint_of_another_model(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"width": 6}))
+    assert main(["evaluate", str(copy)]) == 1
+    assert "a checkpoint of another model" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ridge", "-1"], "ridge: expected 0 or more, found -1.0"),
+        (["--rate", "-0.1"], "rate: expected more than 0, found -0.1"),
+        (["--inner-rate", "nan"], "inner_rate: expected more than 0, found nan"),
+        (["--tasks", "0"], "tasks: expected at least 1, found 0"),
+        (["--tasks", "4", "--task-chunk", "3"], "task_chunk: expected a divisor of tasks=4"),
+        (["--checkpoint-every", "3"], "checkpoint_every: expected a multiple of log_every"),
+        (["--data", "nothing"], "unknown data set 'nothing'"),
+        (["--ways", "5000"], "ways=5000 is too many"),
+        (["--shots", "30"], "shots=30"),
+        (["--resume"], "--resume: name the run folder"),
+    ],
+)
+def test_bad_options_end_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, *arguments]) == 1
+    assert message in last_line(capsys)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "--run", str(run), *SMALL]) == 1
+    assert "already holds a run" in last_line(capsys)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_in_use(run, capsys):
+    from memmeta.run_folder import old_run
+
+    with old_run(run):
+        assert main(["train", "--run", str(run), "--resume"]) == 1
+    assert "in use by another process" in last_line(capsys)
+
+
+def test_options_of_a_resumed_run_stay(run, capsys):
+    assert main(["train", "--run", str(run), "--resume", "--rate", "0.5"]) == 1
+    assert "rate: was 0.003 in this run, found 0.5" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"ways": "many"}', '{"nonsense": 1}', '{"ridge": -1}']
+)
+def test_a_configuration_that_is_none(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert "config.json" in last_line(capsys)
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path / "nowhere")]) == 1
+    assert "not the folder of a run" in last_line(capsys)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert main(["train", "--run", str(blocked / "run"), *SMALL]) == 1
+    assert "cannot be written" in last_line(capsys)
+
+
+def test_the_configuration_survives_a_round_trip():
+    config = Config(ways=7, inner_rate=0.5)
+    assert Config.from_json(config.to_json(), "here") == config
