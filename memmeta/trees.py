@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf can be differentiated: floating point or complex, no integer and no PRNG key."""
+    """Whether a leaf can be differentiated: floating point or complex, no integer, no PRNG key."""
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
 
@@ -124,7 +124,7 @@ def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree
         )
 
     closed, shapes = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
-    outputs, derivatives = shapes
+    outputs, _ = shapes
     leaves = len(jax.tree.leaves(floats))
     reached = _reached(closed, [False] * leaves + [True] * leaves)
     marks = iter(reached[len(jax.tree.leaves(outputs)) :])
@@ -180,3 +180,29 @@ def leading_size(tree: PyTree, name: str) -> int:
             "jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)."
         )
     return int(sizes.pop()[0])
+
+
+def ravel(tree: PyTree) -> tuple[Float[Array, " size"], Callable[[Array], PyTree]]:
+    """A tree of floating-point arrays as one vector, in float32 at least, and the way back.
+
+    Example:
+        >>> vector, unravel = ravel({"a": jnp.ones(2), "b": jnp.zeros(1)})
+        >>> vector.tolist(), unravel(vector)["a"].tolist()
+        ([1.0, 1.0, 0.0], [1.0, 1.0])
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    dtypes = [accumulator(leaf.dtype) for leaf in leaves]
+    dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits, default=jnp.float32)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    vector = jnp.concatenate(
+        [jnp.ravel(leaf).astype(dtype) for leaf in leaves] or [jnp.zeros(0, dtype)]
+    )
+
+    def unravel(vector: Array) -> PyTree:
+        parts = jnp.split(vector, ends[:-1]) if leaves else []
+        return jax.tree.unflatten(
+            structure,
+            [p.reshape(x.shape).astype(x.dtype) for p, x in zip(parts, leaves, strict=True)],
+        )
+
+    return vector, unravel
