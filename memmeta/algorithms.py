@@ -2,6 +2,7 @@ r"""The literature's methods, each a few lines: who adapts × inner loop × esti
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import optax
 from jaxtyping import Array, Key
@@ -153,3 +154,12 @@ def anil(
     """
     problem = head_problem(network, ridge, learn_start=True, statistics=statistics)
     return Learner(problem, inner, hypergradient.unrolled(), _whole(network))
+
+
+Name: TypeAlias = Literal["memory_reduced", "maml", "anil"]
+METHODS: dict[str, Callable[..., Learner]] = {
+    method.__name__: method for method in (memory_reduced, maml, anil)
+}
+"""Every method by its name in the literature."""
+FIXED_START = {"memory_reduced"}
+"""Methods whose heads start from zero instead of from meta-parameters."""

@@ -1,10 +1,11 @@
 """What a run is: one dataclass, which the command line, the run folder and `train` share."""
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optax
 
@@ -12,7 +13,7 @@ from memmeta import algorithms, models
 from memmeta.algorithms import Learner
 from memmeta.data import Dataset, Episodes
 from memmeta.few_shot import Statistics
-from memmeta.inner import InnerLoop, InnerSolver, accelerated
+from memmeta.inner import InnerLoop
 
 
 class UserError(Exception):
@@ -23,7 +24,7 @@ class UserError(Exception):
 class Config:
     """Options of a training run."""
 
-    method: Literal["memory_reduced", "maml", "anil"] = "memory_reduced"
+    method: algorithms.Name = "memory_reduced"
     """Which method of the literature to train."""
     data: str = "glyphs"
     """Data set: its train split is trained on, its test split is reported on."""
@@ -41,17 +42,21 @@ class Config:
     """Filters in each convolution block."""
     statistics: Statistics = "transductive"
     """Batch statistics: of support and query together, or of the support images alone."""
-    inner_steps: int = 50
-    """Steps of the inner loop in training."""
+    inner_steps: int | None = None
+    """Steps of the inner loop in training; None: the method's own default."""
     test_steps: int | None = None
     """Steps of the inner loop in evaluation; None: as in training."""
     inner_rate: float | None = None
-    """Rate of plain gradient descent in the inner loop; None: accelerated gradient descent at a
-    rate from the curvature, which cannot diverge (maml: plain at 0.4)."""
-    ridge: float = 0.1
-    """Weight of the head's ridge; 0 is the algorithm as its authors released it (not for maml)."""
-    cg_steps: int = 20
-    """Conjugate-gradient steps of each task's linear system (memory_reduced only)."""
+    """Rate of plain gradient descent in the inner loop; None: the method's own solver (for
+    memory_reduced one that takes its rate from the curvature and cannot diverge)."""
+    ridge: float | None = None
+    """Weight of the head's ridge, for methods with one; 0 is memory_reduced as its authors released
+    it; None: the method's own default."""
+    proximal: float | None = None
+    """Weight of the proximal term, for methods with one; None: the method's own default."""
+    cg_steps: int | None = None
+    """Conjugate-gradient steps of each task's linear system, for implicit methods; None: the
+    method's own default."""
     tasks: int = 16
     """Tasks in a meta-step."""
     task_chunk: int | None = None
@@ -73,15 +78,15 @@ class Config:
         positive = ("ways", "shots", "queries", "width", "tasks", "log_every", "checkpoint_every")
         for name in positive:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("inner_steps", "cg_steps", "meta_steps", "seed"):
+        for name in ("inner_steps", "test_steps", "cg_steps", "ridge", "proximal"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 0, "0 or more")
+        for name in ("meta_steps", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("episodes", self.episodes, self.episodes >= 2, "at least 2")
-        _require("ridge", self.ridge, self.ridge >= 0, "0 or more")
         _require("rate", self.rate, self.rate > 0, "more than 0")
         if self.inner_rate is not None:
             _require("inner_rate", self.inner_rate, self.inner_rate > 0, "more than 0")
-        if self.test_steps is not None:
-            _require("test_steps", self.test_steps, self.test_steps >= 0, "0 or more")
         multiple = self.checkpoint_every % self.log_every == 0
         _require(
             "checkpoint_every",
@@ -97,40 +102,38 @@ class Config:
         """The sampler of this run's tasks."""
         return Episodes(self.ways, self.shots, queries or self.queries, cross_family=cross_family)
 
-    def inner(self, steps: int) -> InnerLoop:
-        """The inner loop this run asks for, with a number of steps."""
-        solver: InnerSolver | optax.GradientTransformation = accelerated()
-        if self.inner_rate is not None:
-            solver = optax.sgd(self.inner_rate)
-        elif self.method == "maml":
-            solver = optax.sgd(0.4)
-        return InnerLoop(solver, steps)
+    def learner(self, dataset: Dataset, *, test: bool = False) -> Learner:
+        """The method this run asks for, on a network that fits the data.
 
-    def learner(self, dataset: Dataset) -> Learner:
-        """The method this run asks for, on a network that fits the data."""
-        head_scale = 0.0 if self.method == "memory_reduced" else 1.0
+        Args:
+            dataset: whose examples the network takes.
+            test: whether the inner loop makes the steps of evaluation.
+
+        Raises:
+            UserError: an option was given that the method does not have.
+        """
+        method = algorithms.METHODS[self.method]
         network = models.conv4(
             self.ways,
             width=self.width,
             image_shape=tuple(dataset.inputs.shape[2:]),
-            head_scale=head_scale,
+            head_scale=0.0 if self.method in algorithms.FIXED_START else 1.0,
         )
-        inner, statistics = self.inner(self.inner_steps), self.statistics
-        match self.method:
-            case "memory_reduced":
-                return algorithms.memory_reduced(
-                    network,
-                    inner=inner,
-                    ridge=self.ridge,
-                    cg_steps=self.cg_steps,
-                    statistics=statistics,
-                )
-            case "anil":
-                return algorithms.anil(
-                    network, inner=inner, ridge=self.ridge, statistics=statistics
-                )
-            case "maml":
-                return algorithms.maml(network, inner=inner, statistics=statistics)
+        known = inspect.signature(method).parameters
+        options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            _require(
+                name, given[name], name in known, f"no value: {self.method} has no such option"
+            )
+        if "inner" in known:
+            steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
+            given["inner"] = self._inner(known["inner"].default, steps)
+        return method(network, statistics=self.statistics, **given)
+
+    def _inner(self, default: InnerLoop, steps: int | None) -> InnerLoop:
+        solver = default.solver if self.inner_rate is None else optax.sgd(self.inner_rate)
+        return InnerLoop(solver, default.steps if steps is None else steps)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, its rate falling to zero along a cosine over the run."""

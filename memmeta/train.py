@@ -93,15 +93,14 @@ class Trainer:
 
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
         """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
-        steps = self.config.test_steps
-        inner = self.config.inner(self.config.inner_steps if steps is None else steps)
+        learner = self.config.learner(self.splits["test"], test=True)
 
         @partial(jax.jit, static_argnums=(2, 3))
         def accuracies(
             meta_params: Any, dataset: Dataset, episodes: Episodes, count: int, key: Array
         ) -> Array:
             tasks = episodes.sample_batch(dataset, key, count)
-            found = self.learner.evaluate(meta_params, tasks, inner=inner, task_chunk=10)
+            found = learner.evaluate(meta_params, tasks, task_chunk=10)
             return found.aux["accuracy"]
 
         def evaluate(
