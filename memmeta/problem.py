@@ -33,6 +33,28 @@ class Task(NamedTuple):
     query_targets: Shaped[Array, "*query_targets"]
 
 
+class Constants(NamedTuple):
+    r"""How fast the derivatives of one task's losses can change, in Euclidean and operator norms.
+
+    Each holds for every φ within a radius of a given point; see `memmeta.certificate`.
+
+    Attributes:
+        outer_context: Lipschitz constant of ∂_c f in φ.
+        outer_params: Lipschitz constant of ∂_φ f in φ.
+        mixed: Lipschitz constant of ∂²_cφ g in φ.
+        hessian: Lipschitz constant of ∂²_φφ g in φ.
+        coupling: bound on ‖∂²_cφ g‖.
+        embedding: bound on ‖∂c/∂θ‖, to bound errors of the gradient in θ; 1 for errors in c.
+    """
+
+    outer_context: Scalar
+    outer_params: Scalar
+    mixed: Scalar
+    hessian: Scalar
+    coupling: Scalar
+    embedding: Scalar
+
+
 @dataclass(frozen=True)
 class Problem:
     r"""A bilevel problem over tasks, as four pure functions of one task.
@@ -55,6 +77,8 @@ class Problem:
             proximal term gives it. Certificates are rigorous only with it.
         head: context -> `memmeta.linear_head.LinearHead`, where the losses are those of a linear
             head. Optional: it lets solvers and estimators work in the space of the samples.
+        constants: (φ, radius, context) -> `Constants` valid within that distance of φ. Optional:
+            with it and `strong_convexity` every implicit hypergradient has a rigorous error bound.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,3 +99,4 @@ class Problem:
     smoothness: Callable[[Context], Scalar] | None = None
     strong_convexity: Callable[[Context], Scalar] | None = None
     head: Callable[[Context], Any] | None = None
+    constants: Callable[[Params, Scalar, Context], Constants] | None = None

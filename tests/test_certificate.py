@@ -1,0 +1,234 @@
+"""The rigorous bound is never below the true error, however early everything stopped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import quadratic_problem, quadratic_tasks
+
+import memmeta as mm
+from memmeta import certificate, head_constants, linear_head, linear_solve, trees
+from memmeta.lanczos import extreme_eigenvalues
+from memmeta.problem import Constants
+
+SOLVERS = [
+    linear_solve.cg(0),
+    linear_solve.cg(2),
+    linear_solve.cg(12),
+    linear_solve.cg(6, damping=0.3),
+    linear_solve.neumann(4),
+]
+
+
+def context_gradient(problem, phi, v, context):
+    """∂_c f − ∂²_cφ g v over the inexact leaves of the context."""
+    active, passive = trees.split_inexact(context)
+
+    def difference(active):
+        whole = trees.merge(active, passive)
+        along = jax.jvp(lambda p: problem.inner_loss(p, whole), (phi,), (v,))[1]
+        return problem.outer_loss(phi, whole)[0] - along
+
+    return jax.grad(difference)(active)
+
+
+def exact(problem, start, context, steps=40):
+    """φ* by damped Newton and v* by a dense solve."""
+    flat, unflatten = trees.ravel(start)
+
+    def loss(x):
+        return problem.inner_loss(unflatten(x), context)
+
+    def newton(x, _):
+        direction = jnp.linalg.solve(jax.hessian(loss)(x), jax.grad(loss)(x))
+        rates = jnp.exp2(-jnp.arange(12.0))
+        losses = jax.vmap(lambda rate: loss(x - rate * direction))(rates)
+        return x - rates[jnp.argmin(losses)] * direction, None
+
+    x, _ = jax.lax.scan(newton, flat, length=steps)
+    outer = jax.grad(lambda x: problem.outer_loss(unflatten(x), context)[0])(x)
+    return unflatten(x), unflatten(jnp.linalg.solve(jax.hessian(loss)(x), outer))
+
+
+def stopped(problem, start, context, steps, solver, most=60):
+    """φ_K for a traced K of gradient descent, and v̂ of a solver there."""
+
+    def body(phi, k):
+        gradient = jax.grad(problem.inner_loss)(phi, context)
+        moved = jax.tree.map(lambda p, g: p - g / problem.smoothness(context), phi, gradient)
+        return jax.tree.map(lambda p, q: jnp.where(k < steps, q, p), phi, moved), None
+
+    phi, _ = jax.lax.scan(body, start, jnp.arange(most))
+    gradient = lambda p: jax.grad(problem.inner_loss)(p, context)  # noqa: E731
+    outer = jax.grad(lambda p: problem.outer_loss(p, context)[0])(phi)
+    product = lambda x: jax.jvp(gradient, (phi,), (x,))[1]  # noqa: E731
+    return phi, solver(product, outer).value
+
+
+def errors_and_bounds(problem, start, context, steps):
+    phi_star, v_star = exact(problem, start, context)
+    truth = context_gradient(problem, phi_star, v_star, context)
+
+    def one(solver):
+        phi, v = stopped(problem, start, context, steps, solver)
+        found = context_gradient(problem, phi, v, context)
+        error = trees.norm(jax.tree.map(jnp.subtract, found, truth))
+        away = trees.norm(jax.tree.map(jnp.subtract, phi, phi_star))
+        rigorous = certificate.certify(problem, phi, v, context)
+        guess = certificate.estimate(problem, phi, v, context)
+        return error, rigorous.total, guess.total, away, rigorous.distance
+
+    found = [one(solver) for solver in SOLVERS]
+    return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
+def random_softmax(key, ridge):
+    """A head on features whose scale and separation differ wildly from task to task."""
+    keys = jax.random.split(key, 4)
+    scale = 10 ** jax.random.uniform(keys[0], minval=-1.5, maxval=0.7, dtype=jnp.float64)
+    support_targets, query_targets = jnp.arange(6) % 3, jnp.arange(9) % 3
+    means = jax.random.normal(keys[1], (3, 3))
+    support = scale * (means[support_targets] + jax.random.normal(keys[2], (6, 3)))
+    query = scale * (means[query_targets] + jax.random.normal(keys[3], (9, 3)))
+    return linear_head.HeadContext(support, support_targets, query, query_targets)
+
+
+def head_problem(ridge, squared=False):
+    make = linear_head.squared_problem if squared else linear_head.softmax_problem
+    add = (
+        head_constants.with_squared_constants if squared else head_constants.with_softmax_constants
+    )
+    return add(make(lambda theta, batch: batch, lambda theta: theta, ridge))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_bound_on_random_heads(x64, squared):
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        keys = jax.random.split(key, 4)
+        ridge = 10 ** jax.random.uniform(keys[0], minval=-3.0, maxval=0.5)
+        problem = head_problem(0.0, squared)
+        ridged = head_problem_with(problem, ridge)
+        context = random_softmax(keys[1], ridge)
+        start = {
+            "kernel": jax.random.normal(keys[2], (3, 3)),
+            "bias": jnp.zeros(3),
+        }
+        steps = jax.random.randint(keys[3], (), 0, 60)
+        return errors_and_bounds(ridged, start, context, steps)
+
+    error, bound, guess, away, distance = run(jax.random.split(jax.random.key(0), 256))
+    check(error, bound, away, distance)
+    share = np.mean(np.asarray(guess) >= np.asarray(error))
+    assert share > 0.5, f"the estimate covers {share:.0%} of the errors"
+
+
+def head_problem_with(problem, ridge):
+    """The same with a traced ridge."""
+
+    def inner_loss(params, context):
+        return problem.inner_loss(params, context) + 0.5 * ridge * optax_square(params)
+
+    return mm.Problem(
+        problem.embed,
+        inner_loss,
+        problem.outer_loss,
+        problem.init,
+        smoothness=lambda context: problem.smoothness(context) + ridge,
+        strong_convexity=lambda context: ridge,
+        constants=problem.constants,
+    )
+
+
+def optax_square(params):
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+def test_bound_on_random_quadratics(x64):
+    """g = ½ φᵀAφ − φᵀBc, f = ½ φᵀQφ − tᵀφ + φᵀPc: every constant is exact."""
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        keys = jax.random.split(key, 9)
+        basis = jnp.linalg.qr(jax.random.normal(keys[0], (6, 6)))[0]
+        condition = 10 ** jax.random.uniform(keys[1], minval=0.0, maxval=3.0)
+        curvature = jnp.geomspace(1.0, condition, 6) * jnp.exp(jax.random.normal(keys[2]))
+        a = (basis * curvature) @ basis.T
+        b, p, q = (jax.random.normal(k, s) for k, s in zip(keys[3:6], [(6, 4), (6, 4), (6, 6)]))
+        t, c = jax.random.normal(keys[6], (6,)), jax.random.normal(keys[7], (4,))
+        spectral = lambda m: jnp.linalg.norm(m, 2)  # noqa: E731
+        zero = jnp.zeros(())
+        problem = mm.Problem(
+            embed=lambda theta, batch: theta,
+            inner_loss=lambda phi, c: 0.5 * phi @ a @ phi - phi @ b @ c,
+            outer_loss=lambda phi, c: (0.5 * phi @ (q @ q.T) @ phi - t @ phi + phi @ p @ c, {}),
+            init=lambda theta: jnp.zeros(6),
+            smoothness=lambda c: curvature[-1],
+            strong_convexity=lambda c: curvature[0],
+            constants=lambda phi, radius, c: Constants(
+                spectral(p), spectral(q @ q.T), zero, zero, spectral(b), jnp.ones(())
+            ),
+        )
+        steps = jax.random.randint(keys[8], (), 0, 60)
+        return errors_and_bounds(problem, jnp.zeros(6), c, steps)
+
+    error, bound, _, away, distance = run(jax.random.split(jax.random.key(1), 256))
+    check(error, bound, away, distance)
+
+
+def check(error, bound, away, distance):
+    assert error.size >= 1000
+    assert np.all(np.isfinite(bound))
+    slack = 1e-9 * (1 + np.asarray(bound))
+    assert np.all(error <= bound + slack), np.max(error / bound)
+    assert np.all(away <= distance + slack), np.max(away / distance)
+    seen = np.asarray(error) > 1e-6
+    print("median bound/error", np.median(bound[seen] / error[seen]))
+    assert np.median(bound[seen] / error[seen]) < 1e4
+
+
+def test_nothing_is_promised_without_strong_convexity(x64):
+    problem = head_problem(0.0)
+    context = random_softmax(jax.random.key(0), 0.0)
+    params = {"kernel": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
+    assert certificate.certify(problem, params, params, context).total == jnp.inf
+
+
+def test_missing_constants_are_named():
+    problem = quadratic_problem()
+    task = jax.tree.map(lambda x: x[0], quadratic_tasks(jax.random.key(0)))
+    context = problem.embed(jnp.ones(4), task)
+    with pytest.raises(ValueError, match="constants"):
+        certificate.certify(problem, jnp.ones(6), jnp.ones(6), context)
+
+
+def test_estimate_is_exact_to_first_order_in_the_coupling(x64):
+    """On a quadratic with unit coupling the estimate is close to the bound with exact constants."""
+    problem = mm.Problem(
+        embed=lambda theta, batch: theta,
+        inner_loss=lambda phi, c: 0.5 * phi @ (jnp.arange(1.0, 7.0) * phi) - phi @ c,
+        outer_loss=lambda phi, c: (0.5 * jnp.sum(phi**2), {}),
+        init=lambda theta: jnp.zeros(6),
+    )
+    phi, v = jnp.ones(6), jnp.ones(6)
+    found = certificate.estimate(problem, phi, v, jnp.zeros(6), steps=6)
+    known = certificate.bound(
+        Constants(*map(jnp.float64, (0, 1, 0, 0, 1, 1))),
+        jnp.float64(1.0),
+        certificate.measure(problem, phi, v, jnp.zeros(6)),
+    )
+    np.testing.assert_allclose(found.total, known.total, rtol=1e-6)
+    assert not found.rigorous
+
+
+def test_lanczos_finds_the_ends_and_survives_a_small_space(x64):
+    values = jnp.array([0.5, 1.0, 3.0, 3.0, 9.0])
+    matrix = jnp.diag(values)
+    for start in (jnp.ones(5), jnp.zeros(5)):
+        np.testing.assert_allclose(
+            extreme_eigenvalues(lambda x: matrix @ x, start, 20), (0.5, 9.0), rtol=1e-10
+        )
+    alone = extreme_eigenvalues(lambda x: matrix @ x, jnp.eye(5)[2], 4)
+    np.testing.assert_allclose(alone, (3.0, 3.0), rtol=1e-12)
