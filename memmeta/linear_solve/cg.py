@@ -32,7 +32,8 @@ def cg(
       p_{k+1} = r_{k+1} + \frac{r_{k+1}^\top r_{k+1}}{r_k^\top r_k} p_k$$
 
     Where pᵀA p ≤ 0 is met, or is rounding alone (at most ε‖A‖‖p‖²: a singular A), or the residual
-    has reached rounding, the answer stays as it is; the number of products made stays fixed, so tasks sharded over devices need no collective here.
+    has reached rounding, the answer stays as it is; the number of products made stays fixed, so
+    tasks sharded over devices need no collective here.
 
     Args:
         steps: number of steps, 0 or more.
