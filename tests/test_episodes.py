@@ -26,6 +26,7 @@ def make_dataset(count, group, family):
         class_names=tuple(f"class {i}" for i in range(CLASSES)),
         group_names=tuple(f"group {i}" for i in range(GROUPS)),
         family_names=tuple(f"family {i}" for i in range(FAMILIES)),
+        within_group=True,
     )
 
 
@@ -82,7 +83,7 @@ def reference_allowed(spec, dataset):
     group = np.asarray(dataset.group).tolist()
     sizes = [0]
     for usable in reference_usable(spec, dataset):
-        owners = [group[c] if spec.within_group else 0 for c in usable]
+        owners = [group[c] if spec.within_group is None else 0 for c in usable]
         sizes += [owners.count(g) for g in set(owners)]
     return max(sizes) >= spec.ways
 
@@ -101,7 +102,7 @@ def check_task(spec, dataset, task):
     assert sorted(meaning) == list(range(spec.ways))
     assert len(set(meaning.values())) == spec.ways
     assert [meaning[label] for label in labels.tolist()] == (drawn // EXAMPLES).tolist()
-    if spec.within_group:
+    if spec.within_group is None:
         assert len(set(group[drawn // EXAMPLES].tolist())) == 1
     if spec.cross_family:
         kinds = [set(family[x // EXAMPLES, x % EXAMPLES].tolist()) for x in (support, query)]
@@ -129,7 +130,7 @@ def test_every_example_is_drawn_on_both_sides(spec):
     dataset = full_dataset()
     tasks = draw(spec, dataset, jax.random.key(0))
     # The group of two classes is too small for three ways.
-    classes = CLASSES if not spec.within_group else CLASSES - 2
+    classes = CLASSES if spec.within_group is False else CLASSES - 2
     for inputs in (tasks.support_inputs, tasks.query_inputs):
         assert set(np.unique(inputs)) == set(range(classes * EXAMPLES))
 

@@ -35,6 +35,7 @@ class Dataset:
         class_names: one name a class.
         group_names: one name a group.
         family_names: one name a family.
+        within_group: whether the usual episodes of these data draw all classes from one group.
 
     Example:
         >>> import memmeta.data
@@ -54,3 +55,9 @@ class Dataset:
     class_names: tuple[str, ...] = field(metadata={"static": True})
     group_names: tuple[str, ...] = field(metadata={"static": True})
     family_names: tuple[str, ...] = field(metadata={"static": True})
+    within_group: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return tuple(self.inputs.shape[2:])

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray
 
 from memmeta.data.dataset import DataError, Dataset
+from memmeta.data.numbered import sample_numbered
 from memmeta.problem import Task
 
 
@@ -26,7 +27,7 @@ class Episodes:
         shots: support examples of each class (K).
         queries: query examples of each class (Q).
         within_group: draw all classes from one group, such as one script; otherwise from the
-            whole split.
+            whole split. None: as is usual for the data (`Dataset.within_group`).
         cross_family: draw the support from one family of examples and the query from another,
             such as two font families; which is which is drawn for each episode.
 
@@ -50,7 +51,7 @@ class Episodes:
     ways: int = 5
     shots: int = 1
     queries: int = 15
-    within_group: bool = True
+    within_group: bool | None = None
     cross_family: bool = False
 
     def __post_init__(self) -> None:
@@ -123,8 +124,7 @@ class Episodes:
         Raises:
             DataError: as `check`, when the data are at hand.
         """
-        numbers = jnp.asarray(first, jnp.uint32) + jnp.arange(tasks, dtype=jnp.uint32)
-        return jax.vmap(lambda i: self.sample(dataset, jax.random.fold_in(key, i)))(numbers)
+        return sample_numbered(lambda k: self.sample(dataset, k), key, tasks, first)
 
     def check(self, dataset: Dataset) -> None:
         """Check, outside compiled code, that such episodes can be drawn from the data.
@@ -145,7 +145,7 @@ class Episodes:
         if self.ways > most:
             largest = int(np.asarray(dataset.group)[sizes.max(axis=0).argmax()])
             name = dataset.group_names[largest]
-            owner = f"the largest group, {name}," if self.within_group else "it"
+            owner = f"the largest group, {name}," if self._by_group(dataset) else "it"
             raise DataError(
                 f"ways={self.ways} is too many for {where}: {owner} has {most} classes with enough "
                 f"examples for shots={self.shots} and queries={self.queries}; use ways <= {most}"
@@ -203,7 +203,10 @@ class Episodes:
 
     def _group(self, dataset: Dataset) -> Int32[Array, " classes"]:
         group = jnp.asarray(dataset.group)
-        return group if self.within_group else jnp.zeros_like(group)
+        return group if self._by_group(dataset) else jnp.zeros_like(group)
+
+    def _by_group(self, dataset: Dataset) -> bool:
+        return dataset.within_group if self.within_group is None else self.within_group
 
 
 @partial(jax.jit, static_argnums=0)

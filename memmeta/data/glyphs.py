@@ -48,4 +48,5 @@ def load_glyphs(split: str, data_dir: Path | None) -> Dataset:
         class_names=tuple(f"U+{code:04X}" for code in arrays["codepoint"][chosen]),
         group_names=tuple(str(name) for name in arrays["script_names"][scripts]),
         family_names=tuple(str(name) for name in arrays["family_names"]),
+        within_group=True,
     )
