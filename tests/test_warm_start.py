@@ -1,0 +1,168 @@
+"""Warm starts converge exactly at fixed steps, cold starts do not; accuracy on demand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quadratic_hypergradient, quadratic_problem, quadratic_tasks
+
+import memmeta as mm
+from memmeta.hypergradient import Scheduled, implicit, unrolled
+from memmeta.linear_solve import cg
+from memmeta.problem import Constants
+from memmeta.warm_start import WarmStart
+
+CONDITION = 10.0
+
+
+def certified_problem():
+    """The quadratic with its constants in θ: one unit of θ moves the context by the coupling."""
+    from dataclasses import replace
+
+    zero, one = jnp.zeros(()), jnp.ones(())
+
+    def constants(phi, radius, context):
+        # the only leaf that reaches the inner loss is B θ
+        size = jnp.linalg.norm(context[1].coupling, 2)
+        return Constants(zero, one, zero, zero, one, size)
+
+    return replace(quadratic_problem(condition=CONDITION), constants=constants)
+
+
+def make_step(inner_steps, cg_steps, **options):
+    return mm.make_meta_step(
+        certified_problem(),
+        mm.InnerLoop(mm.gradient_descent(), inner_steps),
+        implicit(cg(cg_steps)),
+        optax.sgd(0.05),
+        **options,
+    )
+
+
+def run(step, tasks, theta, count=400):
+    """θ and the error bounds after a number of meta-steps over all tasks."""
+    warm = isinstance(step, WarmStart)
+    extra = (jnp.arange(len(tasks.target)),) if warm else ()
+
+    def body(state, _):
+        state, metrics = step.update(state, tasks, *extra)
+        return state, metrics.report.error_bound
+
+    state, bounds = jax.jit(lambda s: jax.lax.scan(body, s, length=count))(step.init(theta))
+    return (state.meta if warm else state).meta_params, bounds
+
+
+def test_warm_starts_converge_exactly_where_cold_ones_do_not(x64):
+    tasks, theta = quadratic_tasks(jax.random.key(0)), jnp.ones(4)
+    cold, cold_bounds = run(make_step(2, 2), tasks, theta)
+    warm, warm_bounds = run(WarmStart(make_step(2, 2, task_chunk=1), 5), tasks, theta)
+    at_cold = jnp.linalg.norm(quadratic_hypergradient(cold, tasks))
+    at_warm = jnp.linalg.norm(quadratic_hypergradient(warm, tasks))
+    assert at_cold > 1e-2
+    assert at_warm < 1e-10
+    # and the certificate knows: the gradient of the cold run is zero, the error of it is not
+    assert cold_bounds[-1] >= at_cold
+    assert warm_bounds[-1] < 1e-8
+
+
+def test_host_memory_and_part_of_the_tasks(x64):
+    tasks, theta = quadratic_tasks(jax.random.key(0)), jnp.ones(4)
+    steps = [WarmStart(make_step(2, 2), 5, on_host=host) for host in (False, True)]
+    states = [step.init(theta) for step in steps]
+    for numbers in ([3, 1], [0, 3], [4, 2]):
+        some = jax.tree.map(lambda x, n=numbers: x[jnp.array(n)], tasks)
+        for i, step in enumerate(steps):
+            states[i], metrics = step(states[i], some, jnp.array(numbers))
+            assert metrics.tasks.memory is None
+    for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+    assert isinstance(states[1].memory.params, np.ndarray)
+    assert steps[0].memory_bytes(states[0]) == 2 * 5 * 6 * 8
+
+
+def test_a_broken_task_keeps_its_memory(x64):
+    tasks = quadratic_tasks(jax.random.key(0))
+    step = WarmStart(make_step(2, 2), 5)
+    state, _ = step(step.init(jnp.ones(4)), tasks, jnp.arange(5))
+    before = np.array(state.memory.params)
+    broken = tasks._replace(target=tasks.target.at[2].set(jnp.nan))
+    state, metrics = step(state, broken, jnp.arange(5))
+    assert metrics.masked == 1
+    np.testing.assert_array_equal(state.memory.params[2], before[2])
+    assert np.all(state.memory.params[3] != before[3])
+
+
+def test_accuracy_on_demand_meets_the_tolerance(x64):
+    tasks, theta = quadratic_tasks(jax.random.key(1)), jnp.ones(4)
+    exact = jax.vmap(lambda task: quadratic_hypergradient(theta, jax.tree.map(one, task)))(tasks)
+
+    @jax.jit
+    def errors(tolerance):
+        def gradient(task):
+            step = mm.make_meta_step(
+                certified_problem(),
+                mm.InnerLoop(mm.gradient_descent(), 1000),
+                implicit(cg(3), tolerance=tolerance),
+                optax.sgd(0.1),
+            )
+            found, metrics = step.gradient(step.init(theta), jax.tree.map(one, task))
+            return found, metrics.report.error_bound, metrics.report.linear_iterations
+
+        found, bounds, _ = jax.vmap(gradient)(tasks)
+        return jnp.linalg.norm(found - exact, axis=1), bounds
+
+    for tolerance in (1.0, 1e-3, 1e-8):
+        error, bound = errors(jnp.float64(tolerance))
+        assert np.all(bound <= tolerance)
+        assert np.all(error <= bound + 1e-12)
+    assert np.all(errors(jnp.float64(1.0))[0] > 1e-8)  # no more than was asked for
+
+
+def one(leaf):
+    return leaf[None]
+
+
+def test_a_tightening_tolerance_converges(x64):
+    """HOAG: errors that can be summed leave no bias, from a cold start too."""
+    tasks, theta = quadratic_tasks(jax.random.key(0)), jnp.ones(4)
+    step = mm.make_meta_step(
+        certified_problem(),
+        mm.InnerLoop(mm.gradient_descent(), 500),
+        Scheduled(lambda t: implicit(cg(4), tolerance=jnp.power(0.9, t.astype(float)))),
+        optax.sgd(0.05),
+    )
+    found, bounds = run(step, tasks, theta, count=300)
+    assert jnp.linalg.norm(quadratic_hypergradient(found, tasks)) < 1e-9
+    assert bounds[0] > 1e-3
+
+
+def test_without_constants_the_estimate_stops_the_loop(x64):
+    tasks = quadratic_tasks(jax.random.key(0))
+    step = mm.make_meta_step(
+        quadratic_problem(condition=CONDITION),
+        mm.InnerLoop(mm.gradient_descent(), 300),
+        implicit(cg(4), tolerance=1e-4),
+        optax.sgd(0.05),
+    )
+    found, metrics = step.gradient(step.init(jnp.ones(4)), tasks)
+    exact = quadratic_hypergradient(jnp.ones(4), tasks)
+    assert 1e-12 < jnp.linalg.norm(found - exact) < 1e-4
+    assert metrics.report.error_bound == jnp.inf
+
+
+def test_errors_say_what_to_do():
+    step = make_step(2, 2)
+    with pytest.raises(ValueError, match="size"):
+        WarmStart(step, 0)
+    warm = WarmStart(step, 5)
+    tasks = quadratic_tasks(jax.random.key(0))
+    state = warm.init(jnp.ones(4))
+    with pytest.raises(ValueError, match="numbers: expected different"):
+        warm(state, tasks, jnp.zeros(5, int))
+    with pytest.raises(ValueError, match="one for each of the 5 tasks"):
+        warm(state, tasks, jnp.arange(4))
+    forgetful = mm.make_meta_step(quadratic_problem(), mm.InnerLoop(), unrolled(), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"implicit\(\)"):
+        WarmStart(forgetful, 5)(state, tasks, jnp.arange(5))
