@@ -3,16 +3,20 @@
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
-from memmeta.data.registry import SOURCES, Sampler, Split, load, sampler
+from memmeta.data.host import HostDataset, HostEpisodes
+from memmeta.data.registry import SOURCES, Sampler, Split, load, load_host, sampler
 
 __all__ = [
     "SOURCES",
     "DataError",
     "Dataset",
     "Episodes",
+    "HostDataset",
+    "HostEpisodes",
     "Points",
     "Sampler",
     "Split",
     "load",
+    "load_host",
     "sampler",
 ]

@@ -11,14 +11,12 @@ import numpy as np
 from memmeta.data.archive import read_archive
 from memmeta.data.dataset import Dataset
 
-SPLITS = ("train", "validation", "test")
-
 
 def load_glyphs(split: str, data_dir: Path | None) -> Dataset:
     """The characters of one split's scripts: classes are characters, groups are scripts.
 
     Args:
-        split: one of `SPLITS`.
+        split: "train", "validation" or "test".
         data_dir: not used; the archive is inside the package.
 
     Returns:

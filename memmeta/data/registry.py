@@ -6,10 +6,11 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from memmeta.data import glyphs, sinusoid, tides
+from memmeta.data import folders, from_tfds, glyphs, sinusoid, tides
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
+from memmeta.data.host import HostDataset, on_host
 from memmeta.problem import Task
 
 Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
@@ -17,18 +18,30 @@ Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
 
 
 class Source(NamedTuple):
-    """Where a data set comes from: its name, its splits, and the function that loads a split."""
+    """Where a data set comes from: its name, and (name, split, data_dir) -> the split.
+
+    A name that ends in a colon stands for all names that begin so.
+    """
 
     name: str
-    splits: tuple[str, ...]
-    load: Callable[[str, Path | None], Split]
+    load: Callable[[str, str, Path | None], Split | HostDataset]
 
 
+SPLITS = ("train", "validation", "test")
 # Adding a data set is one file and one line here.
 SOURCES = [
-    Source("glyphs", glyphs.SPLITS, glyphs.load_glyphs),
-    Source("tides", tides.SPLITS, tides.load_tides),
-    Source("sinusoid", sinusoid.SPLITS, sinusoid.load_sinusoid),
+    Source("glyphs", lambda _, split, data_dir: glyphs.load_glyphs(split, data_dir)),
+    Source("tides", lambda _, split, data_dir: tides.load_tides(split, data_dir)),
+    Source("sinusoid", lambda _, split, data_dir: sinusoid.load_sinusoid(split, data_dir)),
+    Source("omniglot", from_tfds.load_tfds),
+    Source("omniglot_alphabets", from_tfds.load_tfds),
+    Source("cifar_fs", from_tfds.load_tfds),
+    Source("fc100", from_tfds.load_tfds),
+    Source("tfds:", from_tfds.load_tfds),
+    Source("mini_imagenet", folders.load_folder),
+    Source("tiered_imagenet", folders.load_folder),
+    Source("folder", folders.load_folder),
+    Source("folder:", folders.load_folder),
 ]
 
 
@@ -52,7 +65,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
 
     Args:
         name: the data set's name, one of those in `SOURCES`.
-        split: the split's name; no class is in two splits.
+        split: "train", "validation" or "test"; no class is in two splits.
         data_dir: the folder of data sets that are not embedded in the package.
 
     Returns:
@@ -60,22 +73,54 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
         curves. `sampler` gives what draws tasks from it.
 
     Raises:
-        DataError: the name or the split is unknown; the archive is missing, truncated or altered.
+        DataError: the name or the split is unknown; the files are missing, truncated or altered;
+            or an extra that reads them is not installed.
 
     Example:
         >>> train = load("glyphs", "train")
         >>> len(train.class_names), train.group_names[:3]
         (1181, ('Latin', 'Greek', 'Cyrillic'))
     """
-    source = next((source for source in SOURCES if source.name == name), None)
+    found = _load(name, split, data_dir)
+    return found.to_device() if isinstance(found, HostDataset) else found
+
+
+def load_host(name: str, split: str, data_dir: str | Path | None = None) -> HostDataset:
+    """Load one split of a data set and leave its examples on the host, memory-mapped if it can be.
+
+    For data larger than the device's memory; `HostEpisodes` draws its tasks.
+
+    Args:
+        name: as for `load`.
+        split: as for `load`.
+        data_dir: as for `load`.
+
+    Returns:
+        The split.
+
+    Raises:
+        DataError: as `load`, and where the data set is a family of curves.
+    """
+    found = _load(name, split, data_dir)
+    if isinstance(found, Dataset):
+        return on_host(found)
+    if not isinstance(found, HostDataset):
+        raise DataError(f"{name}: its curves are generated on the device; use load")
+    return found
+
+
+def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDataset:
+    def fits(source: Source) -> bool:
+        begins = source.name.endswith(":") and name.startswith(source.name)
+        return name != source.name if begins else name == source.name
+
+    source = next((source for source in SOURCES if fits(source)), None)
     if source is None:
-        known = ", ".join(source.name for source in SOURCES)
+        known = ", ".join(s.name + "..." * s.name.endswith(":") for s in SOURCES)
         raise DataError(f"unknown data set {name!r}: choose one of {known}")
-    if split not in source.splits:
-        raise DataError(
-            f"unknown split {split!r} of {name}: choose one of {', '.join(source.splits)}"
-        )
-    return source.load(split, None if data_dir is None else Path(data_dir))
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r} of {name}: choose one of {', '.join(SPLITS)}")
+    return source.load(name, split, None if data_dir is None else Path(data_dir))
 
 
 def sampler(

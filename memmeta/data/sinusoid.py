@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-SPLITS = ("train", "validation", "test")
-
 
 @jax.tree_util.register_dataclass
 @no_type_check  # JAX also builds it with stand-ins for the arrays: shapes, axes, shardings
@@ -65,7 +63,7 @@ def load_sinusoid(split: str, data_dir: Path | None) -> Sinusoid:
     """The family of the source's experiments, the same for every split.
 
     Args:
-        split: one of `SPLITS`.
+        split: "train", "validation" or "test".
         data_dir: not used; nothing is stored.
 
     Returns:

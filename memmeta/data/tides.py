@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt32
 
 from memmeta.data.archive import read_archive
 
-SPLITS = ("train", "validation", "test")
 WINDOW = 24.0  # hours
 DAYS = 6940  # 19 years, after which sun and moon come back to nearly the same places
 
@@ -99,7 +98,7 @@ def load_tides(split: str, data_dir: Path | None) -> Tides:
     """The stations of one split: train and validation on the Atlantic side, test on the Pacific's.
 
     Args:
-        split: one of `SPLITS`.
+        split: "train", "validation" or "test".
         data_dir: not used; the archive is inside the package.
 
     Returns:

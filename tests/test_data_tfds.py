@@ -1,0 +1,228 @@
+"""Data sets by tensorflow-datasets, without a network: prepared files that the tests write in the
+real ArrayRecord format, and tensorflow-datasets' own mocking."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memmeta.data import DataError, class_splits, from_tfds, load, load_host
+
+tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
+array_record = pytest.importorskip("array_record.python.array_record_module")
+Image = pytest.importorskip("PIL.Image")
+naming = pytest.importorskip("tensorflow_datasets.core.naming")
+splits = pytest.importorskip("tensorflow_datasets.core.splits")
+tf_example_pb2 = pytest.importorskip("tensorflow_datasets.proto.tf_example_pb2")
+tf_feature_pb2 = pytest.importorskip("tensorflow_datasets.proto.tf_feature_pb2")
+
+SPLITS = ("train", "validation", "test")
+COARSE = [
+    "aquatic_mammals",
+    "fish",
+    "flowers",
+    "food_containers",
+    "fruit_and_vegetables",
+    "household_electrical_devices",
+    "household_furniture",
+    "insects",
+    "large_carnivores",
+    "large_man-made_outdoor_things",
+    "large_natural_outdoor_scenes",
+    "large_omnivores_and_herbivores",
+    "medium_mammals",
+    "non-insect_invertebrates",
+    "people",
+    "reptiles",
+    "small_mammals",
+    "trees",
+    "vehicles_1",
+    "vehicles_2",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_tensorflow():
+    """Nothing here may import TensorFlow."""
+    yield
+    assert "tensorflow" not in sys.modules
+
+
+def feature(value):
+    if isinstance(value, np.ndarray):
+        file = io.BytesIO()
+        Image.fromarray(value.squeeze()).save(file, "PNG")
+        value = file.getvalue()
+    if isinstance(value, bytes):
+        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
+    return tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[value]))
+
+
+def write_prepared(data_dir, name, examples, names):
+    """Prepare a data set as tensorflow-datasets would, in the format array_record."""
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder.data_path.mkdir(parents=True)
+    for key, found in names.items():
+        builder.info.features[key].names = found
+    infos = []
+    for split, found in examples.items():
+        template = naming.ShardedFileTemplate(
+            data_dir=builder.data_dir,
+            dataset_name=builder.name,
+            split=split,
+            filetype_suffix="array_record",
+        )
+        path = template.sharded_filepath(shard_index=0, num_shards=1)
+        writer = array_record.ArrayRecordWriter(str(path), "group_size:1")
+        for example in found:
+            features = {key: feature(value) for key, value in example.items()}
+            proto = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
+            writer.write(proto.SerializeToString())
+        writer.close()
+        info = splits.SplitInfo(
+            name=split, shard_lengths=[len(found)], num_bytes=0, filename_template=template
+        )
+        infos.append(info)
+    builder.info.set_splits(splits.SplitDict(infos))
+    builder.info.write_to_directory(builder.data_dir)
+
+
+def cifar_names():
+    """The 100 labels in alphabetical order, as the data set numbers them."""
+    path = Path(class_splits.__file__).with_name("cifar_fs.json")
+    content = json.loads(path.read_text())["splits"]
+    return sorted(name for split in SPLITS for name in content[split])
+
+
+@pytest.fixture(scope="module")
+def cifar100(tmp_path_factory):
+    """Two examples a class in train, one in test; each image holds its label and number."""
+    data_dir = tmp_path_factory.mktemp("tfds")
+    examples = {"train": [], "test": []}
+    for number in range(300):
+        label, split = number * 7 % 100, "train" if number < 200 else "test"
+        image = np.full((32, 32, 3), (label, label % 20, number // 100), np.uint8)
+        record = {"image": image, "label": label, "coarse_label": label % 20, "id": b"x"}
+        examples[split].append(record)
+    names = {"label": cifar_names(), "coarse_label": COARSE}
+    write_prepared(data_dir, "cifar100", examples, names)
+    return data_dir
+
+
+def test_cifar_fs_is_the_published_split(cifar100):
+    found = {split: load("cifar_fs", split, cifar100) for split in SPLITS}
+    assert [len(dataset.class_names) for dataset in found.values()] == [64, 16, 20]
+    names = cifar_names()
+    for dataset in found.values():
+        assert dataset.inputs.shape[1:] == (3, 32, 32, 3)  # its train and test examples together
+        assert (np.asarray(dataset.count) == 3).all()
+        for row, name in enumerate(dataset.class_names):
+            label = names.index(name)
+            pixels = np.asarray(dataset.inputs[row, :, 5, 5])
+            np.testing.assert_array_equal(pixels, [[label, label % 20, n] for n in range(3)])
+            assert dataset.group_names[dataset.group[row]] == COARSE[label % 20]
+    assert {"baby", "rocket", "worm"} < set(found["test"].class_names)
+    assert {"beaver", "tractor"} < set(found["validation"].class_names)
+
+
+def test_fc100_is_the_published_split_by_superclass(cifar100):
+    found = {split: load_host("fc100", split, cifar100).index for split in SPLITS}
+    assert [len(dataset.class_names) for dataset in found.values()] == [60, 20, 20]
+    assert found["test"].group_names == ("aquatic_mammals", "insects", "medium_mammals", "people")
+    groups = [set(dataset.group_names) for dataset in found.values()]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+
+
+def test_any_builder_by_name(cifar100):
+    found = {split: load("tfds:cifar100", split, cifar100) for split in SPLITS}
+    assert [len(dataset.class_names) for dataset in found.values()] == [64, 16, 20]
+    assert len({name for dataset in found.values() for name in dataset.class_names}) == 100
+    # converted once: the prepared files are not read again
+    (cifar100 / ".memmeta" / "tfds-cifar100" / "manifest.json").stat()
+
+
+def omniglot_source(characters=1623, alphabets=50, background=964):
+    """Records in the real format: a black stroke on white that shows label and number."""
+    found = {"train": [], "test": [], "small1": [], "small2": []}
+    for label in range(characters):
+        alphabet = label * alphabets // characters
+        for number in range(2):
+            image = np.full((105, 105, 3), 255, np.uint8)
+            image[10 * number : 10 * number + 40, :20] = label % 256
+            record = {"image": image, "label": label, "alphabet": alphabet}
+            record["alphabet_char_id"] = label
+            found["train" if label < background else "test"].append(record)
+    found["small1"] = found["train"][:4]  # repeats of background characters
+    return found
+
+
+@pytest.fixture
+def mocked_omniglot(monkeypatch):
+    source = omniglot_source()
+    # the files are never there for the mocked builder, and nothing must be downloaded
+    monkeypatch.setattr(from_tfds, "prepare", lambda name, data_dir: None)
+
+    def as_data_source(self, split=None, decoders=None, **_):
+        assert self.name == "omniglot"
+        return dict(source) if split is None else source[split]
+
+    with tfds.testing.mock_data(as_data_source_fn=as_data_source):
+        yield
+
+
+def test_omniglot_by_character_with_rotations(tmp_path, mocked_omniglot):
+    found = {split: load_host("omniglot", split, tmp_path) for split in SPLITS}
+    assert [len(host.index.class_names) for host in found.values()] == [4400, 400, 1692]
+    names = {name.split()[0] for host in found.values() for name in host.index.class_names}
+    assert len(names) == 1623
+    host = found["validation"]
+    assert host.rows.shape == (800, 28, 28, 1)
+    images = host.to_device().inputs
+    assert images.shape == (400, 2, 28, 28, 1)
+    for turn in range(4):
+        turned = np.rot90(np.asarray(images[:100]), turn, axes=(2, 3))
+        np.testing.assert_array_equal(images[100 * turn : 100 * (turn + 1)], turned)
+    assert images[0, 0, -1, -1, 0] == 0  # the background is black
+    assert host.index.class_names[100] == f"{host.index.class_names[0].split()[0]} 90°"
+
+
+def test_omniglot_by_alphabet(tmp_path, mocked_omniglot):
+    found = {split: load_host("omniglot_alphabets", split, tmp_path).index for split in SPLITS}
+    groups = {split: set(dataset.group_names) for split, dataset in found.items()}
+    assert len(groups["validation"]) == 5
+    assert not groups["train"] & groups["validation"]
+    assert len(found["test"].class_names) == 659
+    assert sum(len(dataset.class_names) for dataset in found.values()) == 1623
+    assert found["train"].within_group
+
+
+def test_what_is_no_image_classification(tmp_path):
+    write_prepared(tmp_path, "coil100", {"train": []}, {})
+    with pytest.raises(DataError, match=r"tfds:coil100 .*expected an image and a label"):
+        load("tfds:coil100", "train", tmp_path)
+    with pytest.raises(DataError, match=r"tfds:no_such_data cannot be read"):
+        load("tfds:no_such_data", "train", tmp_path)
+
+
+def test_missing_extras_are_asked_for_with_the_pip_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_tfds.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"needs TensorFlow .*pip install 'memmeta\[tfds-prepare\]"):
+        load("cifar_fs", "train", tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'memmeta\[tfds\]'"):
+        load("cifar_fs", "train", tmp_path)
+
+
+def test_a_failed_preparation_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_tfds.importlib.util, "find_spec", lambda name: object())
+
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, stderr="Traceback\n  line\nOSError: no net")
+
+    monkeypatch.setattr(from_tfds.subprocess, "run", run)
+    with pytest.raises(DataError, match="preparing cifar100 failed: OSError: no net"):
+        load("cifar_fs", "train", tmp_path)
