@@ -1,5 +1,6 @@
 # make train  meta-trains the paper's method on glyphs      make test  runs the tests
 # make lint   formatter, linter, type checker, import rules make clean removes what the others made
+# make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
 # Each first makes .venv with the pinned versions of requirements.lock.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup train test lint format lock clean
+.PHONY: setup train test lint format docs lock clean
 
 setup: $(READY)
 
@@ -37,6 +38,10 @@ lint: $(READY)
 format: $(READY)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	@echo "memmeta: building the documentation into site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis dist site
