@@ -7,11 +7,14 @@ import pytest
 from jax.test_util import check_grads
 
 from memmeta.models import conv4, mlp, resnet12
+from memmeta.models.conv4 import ConvBlock
+from memmeta.models.convolution import conv
 from memmeta.models.normalization import EPSILON, BatchNorm, batch_statistics
+from memmeta.models.pooling import max_pool
 
 NETWORKS = {
     "conv4": (lambda **o: conv4(5, width=4, image_shape=(18, 16, 3), **o), (18, 16, 3), 4),
-    "resnet12": (lambda **o: resnet12(5, widths=(3, 4), image_shape=(9, 8, 3), **o), (9, 8, 3), 4),
+    "resnet12": (lambda **o: resnet12(5, widths=(4,), image_shape=(5, 4, 3), **o), (5, 4, 3), 4),
     "mlp": (lambda **o: mlp(5, (6, 4), (3, 2), **o), (3, 2), 4),
 }
 
@@ -25,7 +28,8 @@ def test_shapes_and_dtypes(name, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     images = jax.random.randint(jax.random.key(1), (6, *shape), 0, 256).astype(jnp.uint8)
     found = jax.jit(network.body)(params["body"], images, jnp.ones(6))
-    assert found.shape == (6, features) and found.dtype == jnp.float32
+    assert found.shape == (6, features)
+    assert found.dtype == jnp.float32
     assert (network.features, network.ways) == (features, 5)
     assert network.head(params["head"], found).shape == (6, 5)
     scaled = jax.jit(network.body)(params["body"], images.astype(jnp.float32) / 255, jnp.ones(6))
@@ -36,9 +40,11 @@ def test_shapes_and_dtypes(name, dtype):
 def test_head_starts_from_zeros_or_at_the_scale_asked(name):
     build, _, features = NETWORKS[name]
     head = build(head_scale=0.0).init(jax.random.key(0))["head"]
-    assert not head["kernel"].any() and not head["bias"].any()
+    assert not head["kernel"].any()
+    assert not head["bias"].any()
     head = build(head_scale=1e-3).init(jax.random.key(0))["head"]
-    assert 1e-4 < head["kernel"].std() * features**0.5 < 1e-2 and not head["bias"].any()
+    assert 1e-4 < head["kernel"].std() * features**0.5 < 1e-2
+    assert not head["bias"].any()
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (8, 2)])
@@ -75,10 +81,39 @@ def test_batch_norm_derivatives_against_finite_differences():
         weights = jnp.asarray([1.0, 1.0, 1.0, 0.0])
         params = {"params": {"scale": jnp.asarray([0.5, -2.0]), "bias": jnp.asarray([1.0, 3.0])}}
 
+        @jax.jit
         def loss(inputs, params):
             return jnp.sum(jnp.sin(BatchNorm().apply(params, inputs, weights)))
 
         check_grads(loss, (inputs, params), order=2, atol=1e-4, rtol=1e-4)
+
+
+def test_conv_block_equals_the_order_it_is_defined_by():
+    with jax.enable_x64(True):
+        images = jax.random.normal(jax.random.key(0), (4, 7, 6, 2), jnp.float64)
+        weights = jnp.asarray([1.0, 1.0, 1.0, 0.0])
+        params = {
+            "kernel": jax.random.normal(jax.random.key(1), (3, 3, 2, 3), jnp.float64),
+            "scale": jnp.asarray([0.5, -2.0, 1.0]),
+            "bias": jnp.asarray([0.3, 0.2, -0.1]),
+        }
+
+        def fast(params):
+            return ConvBlock(3).apply({"params": params}, images, weights)
+
+        def plain(params):
+            hidden = conv(images, params["kernel"])
+            norm = {"params": {name: params[name] for name in ("scale", "bias")}}
+            return max_pool(jax.nn.relu(BatchNorm().apply(norm, hidden, weights)))
+
+        def value_and_gradient(function):
+            return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(function(p)))))(params)
+
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+            value_and_gradient(fast),
+            value_and_gradient(plain),
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,9 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from memmeta.models.network import Network, Params
-
-
-def as_float(inputs: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """Give `inputs` the floating dtype the body computes in; uint8 is scaled to [0, 1]."""
-    if inputs.dtype == jnp.uint8:
-        return inputs.astype(dtype) / jnp.asarray(255, dtype)
-    return inputs.astype(dtype)
 
 
 def linear_head(

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from memmeta.models.build import as_float, with_linear_head
+from memmeta.models.build import with_linear_head
+from memmeta.models.dtypes import as_float
 from memmeta.models.network import Network
 
 

@@ -1,9 +1,11 @@
 """Batch normalisation by the statistics of the batch itself, never of a running average."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
+
+from memmeta.models.dtypes import at_least_float32
 
 EPSILON = 1e-5
 
@@ -25,12 +27,28 @@ def batch_statistics(
         Mean and variance; zeros if all weights are zero.
     """
     positions = tuple(range(1, inputs.ndim - 1))
-    wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    wide = inputs.astype(at_least_float32(inputs.dtype))
     total = weights.sum()
     share = (weights / jnp.where(total > 0, total, 1)).astype(wide.dtype)
     mean = share @ wide.mean(positions)
-    variance = share @ jnp.square(wide - mean).mean(positions)
+    # Squares around a constant that happens to be the mean: the last term is zero, and with it its
+    # first derivative, which spares the backward pass a sweep through `inputs`.
+    centre = lax.stop_gradient(mean)
+    variance = share @ jnp.square(wide - centre).mean(positions) - jnp.square(mean - centre)
     return mean, variance
+
+
+def normalise(
+    inputs: Float[Array, "examples *positions channels"],
+    mean: Float[Array, " channels"],
+    variance: Float[Array, " channels"],
+    scale: Float[Array, " channels"],
+    bias: Float[Array, " channels"],
+) -> Float[Array, "examples *positions channels"]:
+    """scale * (inputs - mean) / sqrt(variance + 1e-5) + bias, of the inputs' dtype."""
+    factor = scale.astype(mean.dtype) * lax.rsqrt(variance + EPSILON)
+    shift = bias.astype(mean.dtype) - mean * factor
+    return (inputs.astype(mean.dtype) * factor + shift).astype(inputs.dtype)
 
 
 class BatchNorm(nn.Module):
@@ -51,7 +69,4 @@ class BatchNorm(nn.Module):
         channels = (inputs.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
-        mean, variance = batch_statistics(inputs, weights)
-        factor = scale.astype(mean.dtype) * jax.lax.rsqrt(variance + EPSILON)
-        shift = bias.astype(mean.dtype) - mean * factor
-        return (inputs.astype(mean.dtype) * factor + shift).astype(inputs.dtype)
+        return normalise(inputs, *batch_statistics(inputs, weights), scale, bias)

@@ -5,11 +5,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from memmeta.models.build import as_float, with_linear_head
-from memmeta.models.conv4 import Conv
-from memmeta.models.convolution import max_pool
+from memmeta.models.build import with_linear_head
+from memmeta.models.convolution import conv
+from memmeta.models.dtypes import as_float
 from memmeta.models.network import Network
 from memmeta.models.normalization import BatchNorm
+from memmeta.models.pooling import max_pool
+
+
+class Conv(nn.Module):
+    """Stride-1 SAME convolution without bias: batch normalisation follows and has one."""
+
+    filters: int
+    size: int = 3
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "examples height width channels"]
+    ) -> Float[Array, "examples height width filters"]:
+        """Convolve; the kernel is float32 and is cast to the images' dtype."""
+        shape = (self.size, self.size, images.shape[-1], self.filters)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
+        return conv(images, kernel.astype(images.dtype))
 
 
 class ResidualBlock(nn.Module):
