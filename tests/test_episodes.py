@@ -52,7 +52,9 @@ SPECS = [
     Episodes(ways=3, shots=2, queries=3),
     Episodes(ways=3, shots=1, queries=2, cross_family=True),
     Episodes(ways=5, shots=1, queries=1, within_group=False),
+    Episodes(ways=(2, 3), shots=(1, 2), queries=2),
 ]
+NAMES = ["plain", "cross_family", "any_group", "padded"]
 SAMPLERS = {spec: jax.jit(spec.sample_batch, static_argnums=2) for spec in SPECS}
 MANY = 2000
 
@@ -71,7 +73,7 @@ def reference_usable(spec, dataset):
         for c in range(CLASSES):
             kinds = family[c, : count[c]].tolist()
             if pair is None:
-                enough = len(kinds) >= spec.shots + spec.queries
+                enough = len(kinds) >= spec.most_shots + spec.queries
             else:
                 enough = kinds.count(pair[0]) >= spec.shots and kinds.count(pair[1]) >= spec.queries
             usable += [c] * enough
@@ -85,22 +87,32 @@ def reference_allowed(spec, dataset):
     for usable in reference_usable(spec, dataset):
         owners = [group[c] if spec.within_group is None else 0 for c in usable]
         sizes += [owners.count(g) for g in set(owners)]
-    return max(sizes) >= spec.ways
+    return max(sizes) >= spec.most_ways
 
 
 def check_task(spec, dataset, task):
     """Assert everything an episode promises."""
     count, group, family = map(np.asarray, (dataset.count, dataset.group, dataset.family))
     support, query = (np.asarray(x)[:, 0] for x in (task.support_inputs, task.query_inputs))
-    assert support.shape == (spec.ways * spec.shots,)
-    assert query.shape == (spec.ways * spec.queries,)
+    assert support.shape == task.support_targets.shape == (spec.most_ways * spec.most_shots,)
+    assert query.shape == task.query_targets.shape == (spec.most_ways * spec.queries,)
+    used = [np.asarray(x) >= 0 for x in (task.support_targets, task.query_targets)]
+    assert not support[~used[0]].any()
+    assert not query[~used[1]].any()
+    support, query = support[used[0]], query[used[1]]
+    ways = len(query) // spec.queries
+    shots = len(support) // ways
+    assert (ways, shots) == (spec.ways, spec.shots) or spec is SPECS[3]
+    assert 2 <= ways <= spec.most_ways
+    assert 1 <= shots <= spec.most_shots
     drawn = np.concatenate([support, query])
     assert len(set(drawn.tolist())) == len(drawn)  # nothing twice, nothing on both sides
     assert (drawn % EXAMPLES < count[drawn // EXAMPLES]).all()  # no padding
     labels = np.concatenate([task.support_targets, task.query_targets])
+    labels = labels[labels >= 0]
     meaning = dict(zip(labels.tolist(), (drawn // EXAMPLES).tolist(), strict=True))
-    assert sorted(meaning) == list(range(spec.ways))
-    assert len(set(meaning.values())) == spec.ways
+    assert sorted(meaning) == list(range(ways))
+    assert len(set(meaning.values())) == ways
     assert [meaning[label] for label in labels.tolist()] == (drawn // EXAMPLES).tolist()
     if spec.within_group is None:
         assert len(set(group[drawn // EXAMPLES].tolist())) == 1
@@ -110,7 +122,7 @@ def check_task(spec, dataset, task):
         assert kinds[0] != kinds[1]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["plain", "cross_family", "any_group"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 @given(arrays=arrays, seed=st.integers(0, 2**31 - 1))
 @settings(max_examples=20, deadline=None)
 def test_every_episode_keeps_its_promises(spec, arrays, seed):
@@ -125,7 +137,7 @@ def test_every_episode_keeps_its_promises(spec, arrays, seed):
         check_task(spec, dataset, jax.tree.map(lambda x, i=i: x[i], tasks))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["plain", "cross_family", "any_group"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_every_example_is_drawn_on_both_sides(spec):
     dataset = full_dataset()
     tasks = draw(spec, dataset, jax.random.key(0))
@@ -146,6 +158,15 @@ def test_groups_by_size_and_labels_uniform():
         np.testing.assert_allclose(share, 0.1, atol=4 * np.sqrt(0.1 * 0.9 / MANY))
 
 
+def test_ranges_of_ways_and_shots_are_drawn_uniformly():
+    tasks = draw(SPECS[3], full_dataset(), jax.random.key(5))
+    ways = (np.asarray(tasks.query_targets) >= 0).sum(axis=1) // 2
+    shots = (np.asarray(tasks.support_targets) >= 0).sum(axis=1) // ways
+    for found in (ways == 3, shots == 2, (ways == 3) & (shots == 2)):
+        expected = 0.25 if found.mean() < 0.4 else 0.5
+        assert abs(found.mean() - expected) < 4 * 0.5 / np.sqrt(MANY)
+
+
 def test_both_directions_of_a_family_pair():
     spec = SPECS[1]
     tasks = draw(spec, full_dataset(), jax.random.key(2))
@@ -153,7 +174,7 @@ def test_both_directions_of_a_family_pair():
     assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(MANY)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["plain", "cross_family", "any_group"])
+@pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 def test_a_task_depends_on_its_number_alone(spec):
     dataset, key = full_dataset(), jax.random.key(3)
     tasks = draw(spec, dataset, key)
@@ -216,4 +237,11 @@ def test_cross_family_needs_two_families_in_a_class():
 @pytest.mark.parametrize("value", [0, -1])
 def test_figures_must_be_positive_integers(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: it must be a positive integer"):
+        Episodes(**{name: value})
+
+
+@pytest.mark.parametrize("value", [(3, 2), (0, 2)])
+@pytest.mark.parametrize("name", ["ways", "shots"])
+def test_ranges_must_go_up(name, value):
+    with pytest.raises(ValueError, match=r"a positive integer or a range \(least, most\)"):
         Episodes(**{name: value})

@@ -1,5 +1,6 @@
 """Data sets by name, and the samplers that draw their tasks on the device."""
 
+from memmeta.data.augmentation import Augmentation, normalisation
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
@@ -8,6 +9,7 @@ from memmeta.data.registry import SOURCES, Sampler, Split, load, load_host, samp
 
 __all__ = [
     "SOURCES",
+    "Augmentation",
     "DataError",
     "Dataset",
     "Episodes",
@@ -18,5 +20,6 @@ __all__ = [
     "Split",
     "load",
     "load_host",
+    "normalisation",
     "sampler",
 ]

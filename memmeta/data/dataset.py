@@ -43,7 +43,7 @@ class Dataset:
         >>> test.inputs.shape[1:], str(test.inputs.dtype)
         ((20, 28, 28, 1), 'uint8')
         >>> test.group_names
-        ('Hebrew', 'Arabic', 'Telugu', 'Kannada', 'Thai', 'Lao', 'Georgian')
+        ('Sinhala', 'Khmer', 'Telugu', 'Kannada', 'Thai', 'Lao', 'Georgian')
     """
 
     inputs: Shaped[Array | np.ndarray, "classes examples *shape"]

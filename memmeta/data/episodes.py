@@ -1,5 +1,6 @@
 """The episode sampler: N-way K-shot tasks drawn on the device by PRNG key, inside compiled code."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,9 @@ from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.numbered import sample_numbered
 from memmeta.problem import Task
 
+PADDING = -1  # the target of what is no example
+KEYS = 8  # an episode's independent draws
+
 
 @dataclass(frozen=True)
 class Episodes:
@@ -22,17 +26,23 @@ class Episodes:
     replacement. The order of the classes is random, so the labels 0 to `ways - 1` carry no
     meaning from one episode to the next.
 
+    Where `ways` or `shots` is a range, each episode draws its own, uniformly. All episodes have the
+    shapes of the largest: what an episode does not use is padding, with inputs of 0 and targets
+    of -1.
+
     Args:
-        ways: classes in an episode (N).
-        shots: support examples of each class (K).
+        ways: classes in an episode (N), or the least and the most of them.
+        shots: support examples of each class (K), or the fewest and the most.
         queries: query examples of each class (Q).
         within_group: draw all classes from one group, such as one script; otherwise from the
             whole split. None: as is usual for the data (`Dataset.within_group`).
         cross_family: draw the support from one family of examples and the query from another,
             such as two font families; which is which is drawn for each episode.
+        augmentation: (key, images) -> images, for the support and for the query;
+            `memmeta.data.Augmentation` is one. It must be hashable.
 
     Raises:
-        ValueError: `ways`, `shots` or `queries` is not a positive integer.
+        ValueError: `ways`, `shots` or `queries` is not a positive integer or a range of them.
 
     Example:
         >>> import jax
@@ -46,19 +56,36 @@ class Episodes:
         ((4, 5, 28, 28, 1), (4, 75, 28, 28, 1))
         >>> tasks.support_targets[0].tolist()
         [0, 1, 2, 3, 4]
+        >>> Episodes(ways=(2, 3), shots=(1, 2)).sample(
+        ...     dataset, jax.random.key(1)
+        ... ).support_targets.tolist()
+        [0, 0, 1, 1, -1, -1]
     """
 
-    ways: int = 5
-    shots: int = 1
+    ways: int | tuple[int, int] = 5
+    shots: int | tuple[int, int] = 1
     queries: int = 15
     within_group: bool | None = None
     cross_family: bool = False
+    augmentation: Callable[[PRNGKeyArray, Array], Array] | None = None
 
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "queries"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: it must be a positive integer")
+            least, most = value if isinstance(value, tuple) and name != "queries" else (value,) * 2
+            if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most):
+                range_too = "" if name == "queries" else " or a range (least, most) of them"
+                raise ValueError(f"{name}={value!r}: it must be a positive integer{range_too}")
+
+    @property
+    def most_ways(self) -> int:
+        """The largest number of classes in an episode: the outputs that a network needs."""
+        return _ends(self.ways)[1]
+
+    @property
+    def most_shots(self) -> int:
+        """The largest number of support examples of a class."""
+        return _ends(self.shots)[1]
 
     def sample(self, dataset: Dataset, key: PRNGKeyArray) -> Task:
         """Draw one task; pure, and fit for `jax.jit` and `jax.vmap`.
@@ -72,37 +99,71 @@ class Episodes:
 
         Returns:
             The task, class by class: inputs `[ways * shots, *shape]` and
-            `[ways * queries, *shape]` of the data's dtype, targets int32.
+            `[ways * queries, *shape]` of the data's dtype (or the augmentation's), targets int32,
+            -1 for padding.
 
         Raises:
             DataError: as `check`, when the data are at hand.
+        """
+        return self.finish(self.draw(dataset, key), key)
+
+    def draw(self, dataset: Dataset, key: PRNGKeyArray) -> Task:
+        """The first half of `sample`: the examples as they are stored, padding not yet blanked.
+
+        Arguments and errors as for `sample`.
         """
         if not isinstance(dataset.count, jax.core.Tracer):
             self.check(dataset)
         support, query = self._candidates(dataset)
         usable, sizes = self._usable(dataset, support, query)
-        startable = usable & (sizes >= self.ways)
+        startable = usable & (sizes >= self.most_ways)
         group = self._group(dataset)
 
-        first_key, pair_key, class_key, support_key, query_key = jax.random.split(key, 5)
-        first = _draw(first_key, startable.any(axis=0), 1)[0]  # any class of the drawn group
-        pair = _draw(pair_key, startable[:, first], 1)[0]
-        classes = _draw(class_key, usable[pair] & (group == group[first]), self.ways)
+        keys = jax.random.split(key, KEYS)
+        first = _draw(keys[0], startable.any(axis=0), 1)[0]  # any class of the drawn group
+        pair = _draw(keys[1], startable[:, first], 1)[0] if len(startable) > 1 else 0
+        classes = _draw(keys[2], usable[pair] & (group == group[first]), self.most_ways)
 
         rows = classes[:, None]
-        support_examples = _draw(support_key, support[pair, classes], self.shots)
+        support_examples = _draw(keys[3], support[pair, classes], self.most_shots)
         taken = jax.nn.one_hot(support_examples, support.shape[-1], dtype=bool).any(axis=1)
-        query_examples = _draw(query_key, query[pair, classes] & ~taken, self.queries)
+        query_examples = _draw(keys[4], query[pair, classes] & ~taken, self.queries)
 
         inputs = jnp.asarray(dataset.inputs)
         shape = inputs.shape[2:]
-        labels = jnp.arange(self.ways, dtype=jnp.int32)
+        labels = jnp.arange(self.most_ways, dtype=jnp.int32)
+        labels = jnp.where(labels < _between(keys[5], self.ways), labels, PADDING)
+        shots = jnp.arange(self.most_shots, dtype=jnp.int32) < _between(keys[6], self.shots)
         return Task(
             support_inputs=inputs[rows, support_examples].reshape(-1, *shape),
-            support_targets=jnp.repeat(labels, self.shots),
+            support_targets=jnp.where(shots, labels[:, None], PADDING).ravel(),
             query_inputs=inputs[rows, query_examples].reshape(-1, *shape),
             query_targets=jnp.repeat(labels, self.queries),
         )
+
+    def finish(self, task: Task, key: PRNGKeyArray) -> Task:
+        """The second half of `sample`: augmentation, and padding set to zero.
+
+        Args:
+            task: from `draw`.
+            key: the same key.
+
+        Returns:
+            The task.
+        """
+        keys = jax.random.split(jax.random.split(key, KEYS)[KEYS - 1])
+        return task._replace(
+            support_inputs=self._finished(keys[0], task.support_inputs, task.support_targets),
+            query_inputs=self._finished(keys[1], task.query_inputs, task.query_targets),
+        )
+
+    def _finished(self, key: PRNGKeyArray, inputs: Array, targets: Array) -> Array:
+        if self.augmentation is not None:
+            inputs = self.augmentation(key, inputs)
+        if isinstance(self.ways, int) and isinstance(self.shots, int):
+            return inputs
+        used = (targets != PADDING).reshape(-1, *(1,) * (inputs.ndim - 1))
+        return jnp.where(used, inputs, jnp.zeros_like(inputs))
 
     def sample_batch(
         self, dataset: Dataset, key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
@@ -142,7 +203,7 @@ class Episodes:
         if not sizes.any():
             raise DataError(self._too_few_examples(where, support, query))
         most = int(sizes.max())
-        if self.ways > most:
+        if self.most_ways > most:
             largest = int(np.asarray(dataset.group)[sizes.max(axis=0).argmax()])
             name = dataset.group_names[largest]
             owner = f"the largest group, {name}," if self._by_group(dataset) else "it"
@@ -192,9 +253,9 @@ class Episodes:
     ) -> tuple[Bool[Array, "pairs classes"], Int32[Array, "pairs classes"]]:
         """Which classes have enough examples for both sides, and how many such its group has."""
         usable = (
-            (support.sum(axis=-1) >= self.shots)
+            (support.sum(axis=-1) >= self.most_shots)
             & (query.sum(axis=-1) >= self.queries)
-            & ((support | query).sum(axis=-1) >= self.shots + self.queries)
+            & ((support | query).sum(axis=-1) >= self.most_shots + self.queries)
         )
         group = self._group(dataset)
         counts = usable.T.astype(jnp.int32)
@@ -215,6 +276,17 @@ def _count(episodes: Episodes, dataset: Dataset) -> tuple[Array, Array, Array]:
     support, query = episodes._candidates(dataset)
     usable, sizes = episodes._usable(dataset, support, query)
     return support.sum(axis=-1), query.sum(axis=-1), jnp.where(usable, sizes, 0)
+
+
+def _ends(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _between(key: PRNGKeyArray, value: int | tuple[int, int]) -> Int32[Array, ""]:
+    least, most = _ends(value)
+    if least == most:
+        return jnp.int32(most)
+    return jax.random.randint(key, (), least, most + 1, jnp.int32)
 
 
 def _draw(

@@ -27,7 +27,7 @@ def load_glyphs(split: str, data_dir: Path | None) -> Dataset:
 
     Example:
         >>> load_glyphs("test", None).class_names[0]
-        'U+05D0'
+        'U+0D85'
     """
     del data_dir
     arrays = read_archive("glyphs")

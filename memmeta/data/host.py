@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Shaped
 
 from memmeta.data.dataset import Dataset
 from memmeta.data.episodes import Episodes
+from memmeta.data.numbered import sample_numbered, task_keys
 from memmeta.problem import Task
 
 
@@ -127,12 +128,14 @@ class HostEpisodes:
         first: int | Int[Array, ""] = 0,
     ) -> Task:
         """As `Episodes.sample_batch`."""
-        drawn = _draw(self.episodes, dataset.index, key, tasks, jnp.asarray(first, jnp.int32))
+        number = jnp.asarray(first, jnp.int32)
+        drawn = _draw(self.episodes, dataset.index, key, tasks, number)
         support, query = np.asarray(drawn.support_inputs), np.asarray(drawn.query_inputs)
-        return drawn._replace(
+        gathered = drawn._replace(
             support_inputs=jnp.asarray(dataset.rows[support]),
             query_inputs=jnp.asarray(dataset.rows[query]),
         )
+        return _finish(self.episodes, gathered, key, tasks, number)
 
     def stream(self, dataset: HostDataset, keys: Iterable[Array], tasks: int) -> Iterator[Task]:
         """Draw a batch for each key in turn; the next two are made ready while one is in use.
@@ -157,4 +160,9 @@ class HostEpisodes:
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _draw(episodes: Episodes, index: Dataset, key: Array, tasks: int, first: Array) -> Task:
-    return episodes.sample_batch(index, key, tasks, first)
+    return sample_numbered(lambda k: episodes.draw(index, k), key, tasks, first)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _finish(episodes: Episodes, drawn: Task, key: Array, tasks: int, first: Array) -> Task:
+    return jax.vmap(episodes.finish)(drawn, task_keys(key, tasks, first))

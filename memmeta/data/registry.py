@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from memmeta.data import folders, from_tfds, glyphs, sinusoid, tides
+from memmeta.data.augmentation import Augmentation
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
@@ -79,7 +80,7 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
     Example:
         >>> train = load("glyphs", "train")
         >>> len(train.class_names), train.group_names[:3]
-        (1181, ('Latin', 'Greek', 'Cyrillic'))
+        (1259, ('Latin', 'Greek', 'Cyrillic'))
     """
     found = _load(name, split, data_dir)
     return found.to_device() if isinstance(found, HostDataset) else found
@@ -126,32 +127,37 @@ def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDat
 def sampler(
     dataset: Split,
     *,
-    ways: int = 5,
-    shots: int = 5,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 5,
     queries: int = 15,
     cross_family: bool = False,
+    augmentation: Augmentation | None = None,
 ) -> Episodes | Points:
     """The sampler that belongs to a data set: `Episodes` of classes, or `Points` of curves.
 
     Args:
         dataset: from `load`.
-        ways: classes in a task; curves have none and take no notice of it.
+        ways: classes in a task, see `Episodes`; curves have none and take no notice of it.
         shots: support examples of each class, or support points.
         queries: query examples of each class, or query points.
         cross_family: see `Episodes`; only for classes.
+        augmentation: of the images; only for classes.
 
     Returns:
         The sampler; both kinds are frozen dataclasses with `check` and `sample_batch`.
 
     Raises:
-        DataError: `cross_family` is asked of curves.
+        DataError: `cross_family`, an augmentation or a range of shots is asked of curves.
 
     Example:
         >>> sampler(load("tides", "train"), shots=10)
         Points(shots=10, queries=15)
     """
     if isinstance(dataset, Dataset):
-        return Episodes(ways, shots, queries, cross_family=cross_family)
-    if cross_family:
-        raise DataError(f"cross_family=True: {dataset.name} has curves, not families of examples")
+        return Episodes(ways, shots, queries, cross_family=cross_family, augmentation=augmentation)
+    if cross_family or augmentation is not None or not isinstance(shots, int):
+        raise DataError(
+            f"{dataset.name} has curves: cross_family, augmentation and a range of shots are for "
+            "classes of examples"
+        )
     return Points(shots, queries)
