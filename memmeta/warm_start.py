@@ -55,15 +55,15 @@ class WarmStart:
         >>> import optax, memmeta as mm
         >>> problem = mm.Problem(
         ...     embed=lambda theta, target: (theta, target),
-        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum(jnp.array([1.0, 20.0]) * (phi - c[0]) ** 2),
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum(jnp.array([1.0, 4.0]) * (phi - c[0]) ** 2),
         ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
         ...     init=jnp.zeros_like,
         ... )
         >>> implicit = mm.hypergradient.implicit(mm.linear_solve.cg(1))
-        >>> cold = mm.make_meta_step(problem, mm.InnerLoop(steps=1), implicit, optax.sgd(0.3))
+        >>> cold = mm.make_meta_step(problem, mm.InnerLoop(steps=1), implicit, optax.sgd(0.1))
         >>> step = WarmStart(cold, size=2)
         >>> state, tasks = step.init(jnp.zeros(2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-        >>> for _ in range(100):
+        >>> for _ in range(200):
         ...     state, metrics = step(state, tasks, jnp.arange(2))
         >>> state.meta.meta_params.round(2).tolist()
         [2.0, 3.0]

@@ -1,0 +1,104 @@
+"""Every claim of the theory as an experiment.
+
+    python -m benchmarks.convergence [--quick] [--only NAME ...] [--out DIR]
+
+Prints one table: claim, what is expected, what was fitted with its 95 % interval over seeds, and
+whether it holds. Writes convergence.json (all curves) and convergence.png.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from benchmarks.claims import EXPERIMENTS, QUICK, Experiment
+from benchmarks.fits import table
+
+POINTS = 400
+"""Points of a curve kept in the JSON file."""
+
+
+def picture(experiments: list[Experiment], path: Path) -> None:
+    """One panel an experiment: the median over seeds and the range of all."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 2 if len(experiments) > 1 else 1
+    rows = -(-len(experiments) // columns)
+    size = (7.5 * columns, 4.5 * rows)
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=size)
+    for panel, experiment in zip(axes.flat, experiments, strict=False):
+        for name, (x, y) in experiment.curves.items():
+            (line,) = panel.plot(x, np.median(y, axis=0), label=name, marker="." * (len(x) < 30))
+            panel.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.15, color=line.get_color())
+        panel.set(title=experiment.title, xlabel=experiment.axes[0], ylabel=experiment.axes[1])
+        panel.set(xscale="log", yscale="log")
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    for panel in axes.flat[len(experiments) :]:
+        panel.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def record(experiment: Experiment) -> dict[str, Any]:
+    """An experiment as plain numbers."""
+
+    def thinned(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+        last = len(x) - 1
+        at = np.unique(np.geomspace(1, last + 1, min(POINTS, last + 1)).astype(int)) - 1
+        return {"x": np.asarray(x)[at].tolist(), "y": np.asarray(y)[:, at].tolist()}
+
+    return {
+        "title": experiment.title,
+        "axes": experiment.axes,
+        "claims": [claim._asdict() | {"fit": claim.fit._asdict()} for claim in experiment.claims],
+        "lines": experiment.lines,
+        "curves": {name: thinned(*curve) for name, curve in experiment.curves.items()},
+    }
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    """Run the experiments; whether every claim held."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Plain)
+    parser.add_argument("--quick", action="store_true", help="fewer seeds, steps and settings")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=None)
+    parser.add_argument("--out", type=Path, default=Path("build/convergence"))
+    options = parser.parse_args(arguments)
+    chosen = options.only or (QUICK if options.quick else list(EXPERIMENTS))
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def one(name: str) -> Experiment:
+        with jax.enable_x64(True):
+            keys = jax.random.split(jax.random.key(0), 2 if options.quick else 8)
+            began = time.perf_counter()
+            experiment = EXPERIMENTS[name](keys, options.quick)
+        print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        return experiment
+
+    with ThreadPoolExecutor(2) as pool:  # most of the time is the compiler's, which uses one core
+        found = dict(zip(chosen, pool.map(one, chosen), strict=True))
+    for experiment in found.values():
+        print("\n".join(experiment.lines), end="\n" * bool(experiment.lines))
+    claims = [claim for experiment in found.values() for claim in experiment.claims]
+    print(table(claims))
+    picture(list(found.values()), options.out / "convergence.png")
+    results = {name: record(experiment) for name, experiment in found.items()}
+    (options.out / "convergence.json").write_text(json.dumps(results))
+    print(f"curves and picture in {options.out}")
+    return all(claim.holds for claim in claims)
+
+
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """Shows the module's text as it is written."""
+
+
+if __name__ == "__main__":
+    main()
