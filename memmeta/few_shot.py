@@ -33,11 +33,13 @@ class NetworkContext(NamedTuple):
         rest: parameters that do not adapt (None where a leaf does).
         anchor: where the proximal term pulls the adapting parameters to; None without one.
         task: support and query examples.
+        rates: one inner rate a parameter, for methods that learn them; None otherwise.
     """
 
     rest: PyTree
     anchor: PyTree | None
     task: Task
+    rates: PyTree | None = None
 
 
 def features_of(
@@ -139,7 +141,7 @@ def network_problem(
 
     $$g = \tfrac1n \sum_j \ell(h_\phi(x_j), y_j) + \tfrac{\lambda}{2} \|\phi - \theta\|^2$$
 
-    The inner loop starts at θ.
+    The inner loop starts at θ; a head that θ does not have starts from zero.
 
     Args:
         network: body and head.
@@ -156,8 +158,14 @@ def network_problem(
     _refuse_negative("proximal", proximal)
     mask = _mask(network, adapts)
 
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+
+    def parts(theta: MetaParams) -> tuple[PyTree, PyTree]:
+        head = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes["head"])
+        return trees.split({"head": head, **theta}, mask)
+
     def embed(theta: MetaParams, task: Task) -> NetworkContext:
-        chosen, rest = trees.split(theta, mask)
+        chosen, rest = parts(theta)
         return NetworkContext(rest, chosen if proximal else None, task)
 
     def inner_loss(params: Params, context: NetworkContext) -> Scalar:
@@ -182,7 +190,7 @@ def network_problem(
         logits = network.head(network_params["head"], features)
         return query_loss(logits, context.task.query_targets)
 
-    return Problem(embed, inner_loss, outer_loss, lambda theta: trees.split(theta, mask)[0])
+    return Problem(embed, inner_loss, outer_loss, lambda theta: parts(theta)[0])
 
 
 def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
