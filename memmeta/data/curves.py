@@ -47,7 +47,8 @@ class Points:
         >>> import jax
         >>> import memmeta.data
         >>> family = memmeta.data.load("sinusoid", "train")
-        >>> tasks = Points(shots=5, queries=20).sample_batch(family, jax.random.key(0), 4)
+        >>> sample = jax.jit(Points(shots=5, queries=20).sample_batch, static_argnums=2)
+        >>> tasks = sample(family, jax.random.key(0), 4)
         >>> tasks.support_inputs.shape, tasks.query_targets.shape
         ((4, 5, 1), (4, 20, 1))
     """

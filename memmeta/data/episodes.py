@@ -56,9 +56,8 @@ class Episodes:
         ((4, 5, 28, 28, 1), (4, 75, 28, 28, 1))
         >>> tasks.support_targets[0].tolist()
         [0, 1, 2, 3, 4]
-        >>> Episodes(ways=(2, 3), shots=(1, 2)).sample(
-        ...     dataset, jax.random.key(1)
-        ... ).support_targets.tolist()
+        >>> sample = jax.jit(Episodes(ways=(2, 3), shots=(1, 2)).sample)
+        >>> sample(dataset, jax.random.key(1)).support_targets.tolist()
         [0, 0, 1, 1, -1, -1]
     """
 
