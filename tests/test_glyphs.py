@@ -61,7 +61,7 @@ def test_every_script_has_two_families_for_cross_family_episodes(splits):
             assert np.sort(np.bincount(family, minlength=3)).tolist() in ([0, 10, 10], [0, 9, 11])
 
 
-@pytest.mark.parametrize(("cross_family", "expected"), [(False, 72.0), (True, 69.0)])
+@pytest.mark.parametrize(("cross_family", "expected"), [(False, 72.0), (True, 70.0)])
 def test_nearest_neighbour_of_raw_pixels(splits, cross_family, expected):
     """How hard the test split is: measured 5-way 1-shot accuracy, to within its sampling error."""
     episodes = Episodes(ways=5, shots=1, queries=9, cross_family=cross_family)
