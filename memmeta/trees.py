@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, PyTree
 
 
@@ -97,22 +97,22 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree[bool]:
-    """Which output leaves have a derivative, zero or not, with respect to any inexact input leaf.
+def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree[bool]]:
+    """For each inexact input leaf, which output leaves have a derivative, zero or not, by it.
 
-    The answer is structural: it is read off the traced derivative, nothing is computed. Integer
-    outputs, and outputs that depend on the argument only through `stop_gradient`, do not depend.
+    The answer is structural: it is read off the derivative, traced once, and nothing is computed.
+    Integer outputs, and outputs that depend on a leaf only through `stop_gradient`, do not depend.
 
     Args:
         function: a pure function of one pytree.
         argument: where to trace it (arrays or `jax.ShapeDtypeStruct`).
 
     Returns:
-        The tree of outputs with a Python bool at each leaf.
+        For each inexact leaf of the argument: the tree of outputs with a Python bool at each leaf.
 
     Example:
-        >>> dependence(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
-        {'a': True, 'b': False}
+        >>> reach(lambda x: {"a": 2 * x[0], "b": x[0] * x[1]}, (1.0, 2.0))
+        [{'a': True, 'b': True}, {'a': False, 'b': True}]
     """
     floats, others = split_inexact(argument)
 
@@ -123,13 +123,32 @@ def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree
             lambda d: None if d.dtype == jax.dtypes.float0 else d, derivatives
         )
 
-    closed, shapes = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
-    outputs, _ = shapes
-    leaves = len(jax.tree.leaves(floats))
-    reached = _reached(closed, [False] * leaves + [True] * leaves)
-    marks = iter(reached[len(jax.tree.leaves(outputs)) :])
+    closed, (outputs, _) = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
     flags = jax.tree.map(lambda shape: jnp.issubdtype(shape.dtype, jnp.inexact), outputs)
-    return jax.tree.map(lambda inexact: next(marks) if inexact else False, flags)
+    leaves, skipped = len(jax.tree.leaves(floats)), len(jax.tree.leaves(outputs))
+
+    def outputs_of(index: int) -> PyTree[bool]:
+        marks = iter(_reached(closed, [i == leaves + index for i in range(2 * leaves)])[skipped:])
+        return jax.tree.map(lambda inexact: next(marks) if inexact else False, flags)
+
+    return [outputs_of(index) for index in range(leaves)]
+
+
+def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree[bool]:
+    """Which output leaves have a derivative by any inexact input leaf, in the sense of `reach`.
+
+    Args:
+        function: a pure function of one pytree.
+        argument: where to trace it, with at least one inexact leaf.
+
+    Returns:
+        The tree of outputs with a Python bool at each leaf.
+
+    Example:
+        >>> dependence(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
+        {'a': True, 'b': False}
+    """
+    return jax.tree.map(lambda *flags: any(flags), *reach(function, argument))
 
 
 def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
@@ -206,3 +225,30 @@ def ravel(tree: PyTree) -> tuple[Float[Array, " size"], Callable[[Array], PyTree
         )
 
     return vector, unravel
+
+
+def hoisted(
+    function: Callable[..., PyTree], *arguments: PyTree
+) -> tuple[Callable[..., PyTree], list[Array]]:
+    """A function with everything it closes over as an argument, as custom derivatives need it.
+
+    Args:
+        function: of pytrees of arrays.
+        arguments: where to trace it.
+
+    Returns:
+        pure(values, *arguments), and the values it was closed over.
+
+    Example:
+        >>> pure, values = hoisted(lambda x: x + 1, jnp.ones(2))
+        >>> pure(values, jnp.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    structure = jax.tree.structure(shapes)
+
+    def pure(values: list[Array], *arguments: PyTree) -> PyTree:
+        evaluate = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, values))
+        return jax.tree.unflatten(structure, evaluate(*jax.tree.leaves(arguments)))
+
+    return pure, closed.consts

@@ -49,3 +49,162 @@ def quadratic_hypergradient(theta, tasks):
     phi = jnp.linalg.solve(tasks.hessian, (tasks.coupling @ theta)[..., None])[..., 0]
     v = jnp.linalg.solve(tasks.hessian, (phi - tasks.target)[..., None])[..., 0]
     return theta + jnp.mean(jnp.einsum("tij,ti->tj", tasks.coupling, v), axis=0)
+
+
+class Example(NamedTuple):
+    """A problem with meta-parameters and tasks to try estimators on."""
+
+    problem: mm.Problem
+    theta: object
+    tasks: object
+
+
+def quadratic_example(tasks=3):
+    return Example(
+        quadratic_problem(), jnp.linspace(-1.0, 1.0, 4), quadratic_tasks(jax.random.key(1), tasks)
+    )
+
+
+def logistic_example(tasks=3, features=4):
+    """Regularisation selection: θ holds the logarithm of one ridge per feature."""
+
+    def losses(phi, inputs, labels):
+        return jnp.mean(jax.nn.softplus(-labels * (inputs @ phi)))
+
+    def inner_loss(phi, context):
+        theta, batch = context
+        penalty = 0.5 * jnp.sum(jnp.exp(theta) * phi**2)
+        return losses(phi, batch.support_inputs, batch.support_targets) + penalty
+
+    def outer_loss(phi, context):
+        batch = context[1]
+        return losses(phi, batch.query_inputs, batch.query_targets), {}
+
+    problem = mm.Problem(
+        embed=lambda theta, batch: (theta, batch),
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        init=lambda theta: jnp.zeros(features, theta.dtype),
+    )
+    return Example(problem, jnp.linspace(-1.5, -0.5, features), _labelled(tasks, features, 8))
+
+
+def _labelled(tasks, features, samples):
+    keys = jax.random.split(jax.random.key(2), 4)
+    truth = jax.random.normal(keys[0], (tasks, features))
+
+    def draw(key):
+        inputs = jax.random.normal(key, (tasks, samples, features))
+        noise = jax.random.normal(jax.random.fold_in(key, 1), (tasks, samples))
+        return inputs, jnp.sign(jnp.einsum("tsf,tf->ts", inputs, truth) + noise)
+
+    return mm.Task(*draw(keys[1]), *draw(keys[2]))
+
+
+def head_example(tasks=3, ways=3, support=6, ridge=0.1):
+    """A softmax head on tanh features; some support examples are padding."""
+
+    def embed(theta, batch):
+        return mm.linear_head.HeadContext(
+            jnp.tanh(batch.support_inputs @ theta["body"]),
+            batch.support_targets,
+            jnp.tanh(batch.query_inputs @ theta["body"]),
+            batch.query_targets,
+            (jnp.arange(support) < support - 1).astype(batch.support_inputs.dtype),
+        )
+
+    def init(theta):
+        dtype = theta["body"].dtype
+        return {"kernel": jnp.zeros((5, ways), dtype), "bias": jnp.zeros(ways, dtype)}
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    batch = mm.Task(
+        jax.random.normal(keys[0], (tasks, support, 4)),
+        jnp.tile(jnp.arange(support) % ways, (tasks, 1)),
+        jax.random.normal(keys[1], (tasks, 7, 4)),
+        jnp.tile(jnp.arange(7) % ways, (tasks, 1)),
+    )
+    problem = mm.linear_head.softmax_problem(embed, init, ridge)
+    return Example(problem, {"body": jax.random.normal(keys[2], (4, 5))}, batch)
+
+
+def network_example(tasks=3, hidden=3, proximal=1.0, samples=6):
+    """A small network that adapts whole, held to its start by a proximal term (iMAML)."""
+
+    def predict(phi, inputs):
+        return (jnp.tanh(inputs @ phi["in"]) @ phi["out"])[..., 0]
+
+    def inner_loss(phi, context):
+        theta, batch = context
+        distance = jax.tree.map(lambda p, t: jnp.sum((p - t) ** 2), phi, theta)
+        error = predict(phi, batch.support_inputs) - batch.support_targets
+        return jnp.mean(error**2) + 0.5 * proximal * sum(jax.tree.leaves(distance))
+
+    def outer_loss(phi, context):
+        batch = context[1]
+        error = predict(phi, batch.query_inputs) - batch.query_targets
+        return jnp.mean(error**2), {"error": error}
+
+    keys = jax.random.split(jax.random.key(4), 2)
+    theta = {
+        "in": 0.7 * jax.random.normal(keys[0], (2, hidden)),
+        "out": 0.7 * jax.random.normal(keys[1], (hidden, 1)),
+    }
+    problem = mm.Problem(lambda t, batch: (t, batch), inner_loss, outer_loss, lambda t: t)
+    return Example(problem, theta, _labelled(tasks, 2, samples))
+
+
+EXAMPLES = {
+    "quadratic": quadratic_example,
+    "logistic": logistic_example,
+    "head": head_example,
+    "network": network_example,
+}
+
+
+def exact_hypergradient(example, steps=30):
+    """The implicit function theorem written out: dense Hessians at a solution to rounding."""
+    flat, unravel = mm.trees.ravel(example.theta)
+    start, unravel_phi = mm.trees.ravel(example.problem.init(example.theta))
+    problem = example.problem
+
+    def one_task(task):
+        def context(theta):
+            return problem.embed(unravel(theta), task)
+
+        def slope(phi, theta):
+            loss = lambda phi: problem.inner_loss(unravel_phi(phi), context(theta))  # noqa: E731
+            return jax.grad(loss)(phi)
+
+        def outer(phi, theta):
+            return problem.outer_loss(unravel_phi(phi), context(theta))[0]
+
+        def newton(phi, _):
+            return phi - jnp.linalg.solve(jax.jacfwd(slope)(phi, flat), slope(phi, flat)), None
+
+        inner = mm.InnerLoop(mm.inner.newton(None), steps=steps)
+        phi = inner(problem, unravel_phi(start), context(flat))
+        phi, _ = jax.lax.scan(newton, mm.trees.ravel(phi)[0], length=3)
+        by_phi, by_theta = jax.grad(outer, argnums=(0, 1))(phi, flat)
+        hessian, mixed = jax.jacfwd(slope, argnums=(0, 1))(phi, flat)
+        return by_theta - mixed.T @ jnp.linalg.solve(hessian, by_phi)
+
+    return unravel(jnp.sum(jax.vmap(one_task)(example.tasks), axis=0))
+
+
+def unrolled_hypergradient(example, inner):
+    """`jax.grad` of the sum of the outer losses through the loop written as a Python loop."""
+    problem = example.problem
+
+    def total(theta):
+        def one_task(task):
+            context = problem.embed(theta, task)
+            params = problem.init(theta)
+            state = inner.solver.init(problem, params, context)
+            for _ in range(inner.steps):
+                params, state, _ = inner.solver.update(problem, params, state, context)
+            return problem.outer_loss(params, context)[0]
+
+        return jnp.sum(jax.vmap(one_task)(example.tasks))
+
+    return jax.grad(total)(example.theta)

@@ -1,4 +1,4 @@
-r"""The seam every hypergradient estimator fits: what it is given, what it says, how it is pulled back.
+r"""The seam every hypergradient estimator fits: what it is given, and what it says.
 
 An `Estimator` is a function of one chunk of tasks. Most of them are rules for one task in the space
 of its context; `per_task` makes a chunk estimator of such a rule: it runs `embed` once for the
@@ -7,7 +7,7 @@ whole chunk, and pulls the rules' cotangents back through it once, so that no ar
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,33 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from memmeta import trees
-from memmeta.inner import InnerLoop, InnerState
+from memmeta.hypergradient.report import Report
+from memmeta.hypergradient.structural_zeros import Seen, refuse_structural_zeros
+from memmeta.hypergradient.warm import Memory, unpacked
+from memmeta.inner import InnerLoop, widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar
-
-
-class Report(NamedTuple):
-    """How far a hypergradient can be trusted: the same figures for every estimator.
-
-    Attributes:
-        inner_gradient_norm: ‖∇_φ g‖, zero when the inner loop has converged: at φ̂ for implicit
-            estimators, where the last step was made from for the others (one gradient saved).
-        linear_residual: ‖∂_φ f − (∂²_φφ g) v‖ / ‖∂_φ f‖; 0 where no linear system is solved.
-        smallest_curvature: the smallest pᵀ(∂²_φφ g)p / pᵀp met, infinite where none was; negative
-            means that φ̂ is no minimum and the implicit function theorem does not hold.
-        linear_iterations: Hessian-vector products that went into v.
-    """
-
-    inner_gradient_norm: Float[Array, "*tasks"]
-    linear_residual: Float[Array, "*tasks"]
-    smallest_curvature: Float[Array, "*tasks"]
-    linear_iterations: Float[Array, "*tasks"]
-
-
-def unsolved_report(state: InnerState) -> Report:
-    """The report of an estimator that solves no linear system, from the inner loop's last state."""
-    length = jax.lax.stop_gradient(state.gradient_norm)
-    none = jnp.zeros_like(length)
-    return Report(length, none, jnp.full_like(length, jnp.inf), none)
 
 
 class TaskGradient(NamedTuple):
@@ -53,6 +31,7 @@ class TaskGradient(NamedTuple):
         context: cotangent of the context, or None for zero.
         start: cotangent of φ₀, or None for zero.
         report: see `Report`.
+        memory: φ̂ and v̂ for the next meta-step, from rules that were given a `Memory`.
     """
 
     loss: Scalar
@@ -60,6 +39,7 @@ class TaskGradient(NamedTuple):
     context: Context | None
     start: Params | None
     report: Report
+    memory: Memory | None = None
 
 
 class Hypergradient(NamedTuple):
@@ -72,6 +52,7 @@ class Hypergradient(NamedTuple):
         loss: [tasks] f_i.
         aux: the outer losses' auxiliary outputs, each with a leading axis of tasks.
         report: see `Report`, each entry [tasks].
+        memory: of each task, where the batch was `Warm`.
     """
 
     gradient: MetaParams
@@ -79,27 +60,83 @@ class Hypergradient(NamedTuple):
     loss: Float[Array, " tasks"]
     aux: PyTree
     report: Report
+    memory: Memory | None = None
 
 
-TaskRule: TypeAlias = Callable[[Problem, InnerLoop, Params, Context, Array], TaskGradient]
+TaskRule: TypeAlias = Callable[[Problem, InnerLoop, Params | Memory, Context], TaskGradient]
 Estimator: TypeAlias = Callable[
-    [Problem, InnerLoop, MetaParams, Batch, Float[Array, " tasks"], Key[Array, " tasks"]],
+    [Problem, InnerLoop, MetaParams, Batch, Float[Array, " tasks"], Key[Array, ""]],
     Hypergradient,
 ]
+"""(problem, inner, θ, tasks, weights, key) -> Hypergradient.
+
+The key is one for all chunks of a meta-step, so that chunking changes no random direction.
+"""
 
 
-def per_task(rule: TaskRule, name: str, through_start: bool = True) -> Estimator:
+class Embedded(NamedTuple):
+    """A chunk of tasks in the space of their contexts.
+
+    Attributes:
+        problem: as a function of wide parameters (see `memmeta.inner.widened`) and whole contexts.
+        start: φ₀, wide.
+        active: the contexts' leaves that depend on θ, with a leading axis of tasks.
+        passive: the other leaves.
+        pull_back: (cotangents of `active`, summed over tasks by it; cotangent of φ₀) -> that of θ.
+    """
+
+    problem: Problem
+    start: Params
+    active: Context
+    passive: Context
+    pull_back: Callable[[Context, Params], MetaParams]
+
+
+def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedded:
+    """Run `embed` and `init` once for a chunk of tasks, ready to be pulled back through."""
+    floats, others = trees.split_inexact(meta_params)
+
+    def embed(floats: MetaParams) -> tuple[Context, Params]:
+        theta = trees.merge(floats, others)
+        return jax.vmap(problem.embed, in_axes=(None, 0))(theta, tasks), problem.init(theta)
+
+    dependent, start_dependent = trees.dependence(embed, floats)
+
+    def active_parts(floats: MetaParams) -> tuple[tuple, tuple]:
+        contexts, start = embed(floats)
+        active, passive = trees.split(contexts, dependent)
+        moving, _ = trees.split(start, start_dependent)
+        wide = jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), moving)
+        return (active, wide), (passive, start)
+
+    (active, _), transposed, (passive, start) = jax.vjp(active_parts, floats, has_aux=True)
+    problem, wide, _ = widened(problem, start)
+
+    def pull_back(active_bar: Context, start_bar: Params) -> MetaParams:
+        # flags first: φ₀'s cotangent has None where φ₀ has no floating-point leaf
+        moving = jax.tree.map(lambda kept, bar: bar if kept else None, start_dependent, start_bar)
+        (gradient,) = transposed((active_bar, moving))
+        return gradient
+
+    return Embedded(problem, wide, active, passive, pull_back)
+
+
+def per_task(
+    rule: TaskRule, name: str, seen: Seen | None = None, remembers: bool = False
+) -> Estimator:
     r"""Make a chunk estimator of a rule for one task.
 
     $$\sum_i w_i \nabla F_i = \Big(\frac{\partial (c_1 \dots c_n, \phi_0)}{\partial\theta}\Big)^\top
       (w_1 \bar c_1 \dots w_n \bar c_n, \textstyle\sum_i w_i \bar\phi_{0,i})$$
 
     Args:
-        rule: (problem, inner, φ₀, context, key) -> `TaskGradient`, for one task. The context it
-            sees holds only the leaves that depend on θ; the rest is bound into the problem.
+        rule: (problem, inner, φ₀, context) -> `TaskGradient`, for one task. The context it sees
+            holds only the leaves that depend on θ; the rest is bound into the problem. φ₀ is in
+            float32 at least.
         name: of the estimator, for errors.
-        through_start: whether the rule differentiates through φ₀ and the solver's steps. If not,
-            meta-parameters that act through those alone are refused.
+        seen: what the rule differentiates; meta-parameters that none of it depends on are refused.
+            None means that the rule sees every effect.
+        remembers: whether the rule takes a `Memory` in place of φ₀, and gives one back.
 
     Returns:
         The estimator.
@@ -111,46 +148,38 @@ def per_task(rule: TaskRule, name: str, through_start: bool = True) -> Estimator
         meta_params: MetaParams,
         tasks: Batch,
         weights: Float[Array, " tasks"],
-        keys: Key[Array, " tasks"],
+        key: Key[Array, ""],
     ) -> Hypergradient:
-        if not through_start:
-            refuse_structural_zeros(problem, meta_params, tasks, name)
-        floats, others = trees.split_inexact(meta_params)
+        tasks, memory = unpacked(tasks, name, remembers)
+        if seen is not None:
+            refuse_structural_zeros(problem, inner, meta_params, tasks, name, seen)
+        chunk = embedded(problem, meta_params, tasks)
 
-        def embed(floats: MetaParams) -> tuple[Context, Params]:
-            theta = trees.merge(floats, others)
-            contexts = jax.vmap(problem.embed, in_axes=(None, 0))(theta, tasks)
-            return contexts, problem.init(theta)
+        def one_task(active: Context, passive: Context, memory: Memory | None) -> TaskGradient:
+            start = chunk.start if memory is None else memory
+            return rule(bind(chunk.problem, passive), inner, start, active)
 
-        dependent, start_dependent = trees.dependence(embed, floats)
-
-        def active_parts(floats: MetaParams) -> tuple[tuple, tuple]:
-            contexts, start = embed(floats)
-            active, passive = trees.split(contexts, dependent)
-            return (active, trees.split(start, start_dependent)[0]), (passive, start)
-
-        (active, _), pull_back, (passive, start) = jax.vjp(active_parts, floats, has_aux=True)
-
-        def one_task(active: Context, passive: Context, key: Array) -> TaskGradient:
-            return rule(bind(problem, passive), inner, start, active, key)
-
-        found = jax.vmap(one_task)(active, passive, keys)
-        context_bar = _or_zeros(found.context, active)
-        start_bar = _or_zeros(found.start, jax.vmap(lambda _: start)(weights))
-        start_bar, _ = trees.split(start_bar, start_dependent)
+        found = jax.vmap(one_task)(chunk.active, chunk.passive, memory)
+        context_bar = _or_zeros(found.context, chunk.active)
+        start_bar = _or_zeros(found.start, jax.vmap(lambda _: chunk.start)(weights))
         usable = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar)) & (weights > 0)
-
-        def weighted(leaf: Array) -> Array:
-            shape = (-1,) + (1,) * (leaf.ndim - 1)
-            weight = weights.reshape(shape).astype(leaf.dtype)
-            return jnp.where(usable.reshape(shape), weight * leaf, 0)
-
-        context_bar = jax.tree.map(weighted, context_bar)
-        start_bar = jax.tree.map(lambda leaf: jnp.sum(weighted(leaf), axis=0), start_bar)
-        (gradient,) = pull_back((context_bar, start_bar))
-        return Hypergradient(gradient, usable, found.loss, found.aux, found.report)
+        context_bar = weighted(context_bar, weights, usable)
+        start_bar = weighted(start_bar, weights, usable)
+        start_bar = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start_bar)
+        gradient = chunk.pull_back(context_bar, start_bar)
+        return Hypergradient(gradient, usable, found.loss, found.aux, found.report, found.memory)
 
     return estimator
+
+
+def weighted(tree: PyTree, weights: Float[Array, " tasks"], usable: Array) -> PyTree:
+    """w_i times task i's entries, and zero for a task that is not usable."""
+
+    def one(leaf: Array) -> Array:
+        shape = (-1,) + (1,) * (leaf.ndim - 1)
+        return jnp.where(usable.reshape(shape), weights.reshape(shape).astype(leaf.dtype) * leaf, 0)
+
+    return jax.tree.map(one, tree)
 
 
 def _or_zeros(cotangent: PyTree | None, like: PyTree) -> PyTree:
@@ -160,58 +189,13 @@ def _or_zeros(cotangent: PyTree | None, like: PyTree) -> PyTree:
 def bind(problem: Problem, passive: Context) -> Problem:
     """The same problem as a function of the context's active leaves alone."""
 
-    def bound(function: Callable | None) -> Any:
-        if function is None:
-            return None
+    def bound(function: Callable) -> Any:
         return lambda *arguments: function(*arguments[:-1], trees.merge(arguments[-1], passive))
 
-    return replace(
-        problem,
-        inner_loss=bound(problem.inner_loss),
-        outer_loss=bound(problem.outer_loss),
-        smoothness=bound(problem.smoothness),
-        strong_convexity=bound(problem.strong_convexity),
-    )
-
-
-def refuse_structural_zeros(
-    problem: Problem, meta_params: MetaParams, tasks: Batch, name: str
-) -> None:
-    """Raise where an implicit hypergradient would be zero by construction.
-
-    At the solution of the inner problem φ* depends on θ only through the inner loss: where the inner
-    loop started and with what rate it ran leave no trace.
-
-    Args:
-        problem: the problem.
-        meta_params: θ.
-        tasks: one chunk of tasks.
-        name: of the estimator.
-
-    Raises:
-        ValueError: naming each meta-parameter that appears in neither loss, with the remedy.
-    """
-    floats, others = trees.split_inexact(meta_params)
-    task = jax.tree.map(lambda leaf: leaf[0], tasks)
-    start = problem.init(meta_params)
-
-    def losses(chosen: MetaParams, rest: MetaParams) -> tuple[Scalar, Scalar]:
-        context = problem.embed(trees.merge(trees.merge(chosen, rest), others), task)
-        return problem.inner_loss(start, context), problem.outer_loss(start, context)[0]
-
-    paths = jax.tree_util.tree_leaves_with_path(floats)
-    structure = jax.tree.structure(floats)
-    missing = []
-    for index, (path, _) in enumerate(paths):
-        mask = jax.tree.unflatten(structure, [i == index for i in range(len(paths))])
-        chosen, rest = trees.split(floats, mask)
-        if not any(jax.tree.leaves(trees.dependence(lambda c, rest=rest: losses(c, rest), chosen))):
-            missing.append(jax.tree_util.keystr(path) or "meta_params")
-    if missing:
-        raise ValueError(
-            f"{name}: the hypergradient of {', '.join(missing)} is zero by construction: neither "
-            "inner_loss nor outer_loss depends on it through the context (an initialisation or an "
-            "inner learning rate leaves no trace at the inner solution). Add a proximal term to "
-            "inner_loss (as in iMAML), leave it out of the meta-parameters, or use an estimator "
-            "that differentiates the steps, such as unrolled()."
-        )
+    functions = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    of_context = {
+        name: bound(function)
+        for name, function in functions.items()
+        if function is not None and name not in ("embed", "init")
+    }
+    return replace(problem, **of_context)

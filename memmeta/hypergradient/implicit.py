@@ -5,13 +5,21 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memmeta import trees
-from memmeta.hypergradient.estimator import Estimator, Report, TaskGradient, per_task
+from memmeta.certificate import Measured
+from memmeta.hypergradient.error_estimate import error_estimate, lagrangian
+from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
+from memmeta.hypergradient.on_demand import error_bound, until
+from memmeta.hypergradient.report import Report
+from memmeta.hypergradient.structural_zeros import losses_seen
+from memmeta.hypergradient.warm import Memory
 from memmeta.inner import InnerLoop
-from memmeta.linear_solve import LinearSolver, cg
-from memmeta.problem import Context, Params, Problem, Scalar
+from memmeta.linear_solve import LinearSolver, SolverAt, cg
+from memmeta.problem import Context, Params, Problem
 
 
-def implicit(solver: LinearSolver = cg(20)) -> Estimator:
+def implicit(
+    solver: LinearSolver | SolverAt = cg(20), *, tolerance: float | Array | None = None
+) -> Estimator:
     r"""The hypergradient by the implicit function theorem; memory does not grow with K.
 
     $$\nabla F_i = \partial_c f_i - \partial^2_{c\phi} g_i \, v_i, \qquad
@@ -21,11 +29,16 @@ def implicit(solver: LinearSolver = cg(20)) -> Estimator:
 
     Args:
         solver: of the linear system, see `memmeta.linear_solve`.
+        tolerance: how wrong the hypergradient of a task may be; inner steps and solves are spent
+            in turn until its certificate says so, or `inner.steps` are made, see `on_demand`. May
+            be a traced scalar, to be tightened with the outer iterations by `Scheduled`. None
+            makes all inner steps and one solve.
 
     Returns:
         The estimator.
 
-    Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1; the theorem in this form: Pedregosa (2016).
+    Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1; the theorem in this form, and the tolerance:
+    Pedregosa (ICML 2016), Algorithm 1.
 
     Example:
         >>> from memmeta.linear_solve import cg
@@ -33,28 +46,44 @@ def implicit(solver: LinearSolver = cg(20)) -> Estimator:
     """
 
     def rule(
-        problem: Problem, inner: InnerLoop, start: Params, context: Context, key: Array
+        problem: Problem, inner: InnerLoop, start: Params | Memory, context: Context
     ) -> TaskGradient:
-        params = inner(problem, start, context)
+        warm = isinstance(start, Memory)
+        start, guess = start if warm else (start, None)
+        if tolerance is None:
+            state = inner.run(problem, start, context)
+        else:
+            state, guess, _ = until(tolerance, problem, inner, solver, (start, guess), context)
+        params = state.params
         gradient, hessian_product = jax.linearize(
             lambda phi: jax.grad(problem.inner_loss)(phi, context), params
         )
         loss, pull_back, aux = jax.vjp(problem.outer_loss, params, context, has_aux=True)
         outer_params, outer_context = pull_back(jnp.ones_like(loss))
-        solution = solver(hessian_product, outer_params)
+        solve = solver.make(problem, params, context) if isinstance(solver, SolverAt) else solver
+        solution = solve(hessian_product, outer_params, guess)
 
-        def along_solution(context: Context) -> Scalar:
-            # forward over reverse of ⟨∇_φ g, v⟩, without the memory of a second reverse pass
-            return jax.jvp(lambda p: problem.inner_loss(p, context), (params,), (solution.value,))[1]
-
-        mixed = jax.grad(along_solution)(context)
-        report = Report(
-            trees.norm(gradient),
-            solution.residual,
-            solution.curvature,
-            solution.iterations.astype(loss.dtype),
+        curvature = solution.curvature
+        if problem.strong_convexity is not None:
+            curvature = problem.strong_convexity(context).astype(curvature.dtype)
+        scale = 1 / jnp.where(curvature > 0, curvature, 1)
+        delta = jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient)
+        found = lagrangian(problem, params, solution.value, delta, context)
+        mixed = jax.tree.map(jnp.subtract, outer_context, found.context)
+        measured = Measured(
+            trees.norm(gradient), trees.norm(found.params), trees.norm(solution.value)
         )
-        context_bar = jax.tree.map(jnp.subtract, outer_context, mixed)
-        return TaskGradient(loss, aux, context_bar, None, report)
+        report = Report(
+            inner_gradient_norm=trees.norm(gradient),
+            inner_steps=state.steps.astype(loss.dtype),
+            linear_residual=solution.residual,
+            smallest_curvature=solution.curvature,
+            linear_iterations=solution.iterations.astype(loss.dtype),
+            error_estimate=error_estimate(found, mixed, solution.value, curvature),
+            standard_error=jnp.zeros_like(loss),
+            error_bound=error_bound(problem, params, measured, context),
+        )
+        memory = Memory(params, solution.value) if warm else None
+        return TaskGradient(loss, aux, found.context, None, report, memory)
 
-    return per_task(rule, "implicit", through_start=False)
+    return per_task(rule, "implicit", losses_seen, remembers=True)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32
 from memmeta import trees
 from memmeta.inner.descent import accelerated
 from memmeta.inner.solver import InnerSolver, from_optax
-from memmeta.problem import Context, Params, Problem, Scalar
+from memmeta.problem import Constants, Context, Params, Problem, Scalar
 
 DEFAULT = accelerated()
 
@@ -64,7 +64,14 @@ def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable
         loss, aux = problem.outer_loss(restore(wide), context)
         return loss.astype(trees.accumulator(loss.dtype)), aux
 
-    return replace(problem, inner_loss=inner_loss, outer_loss=outer_loss), wide, restore
+    given = problem.constants
+
+    def constants(wide: Params, radius: Scalar, context: Context) -> Constants:
+        assert given is not None
+        return given(restore(wide), radius, context)
+
+    bound = replace(problem, inner_loss=inner_loss, outer_loss=outer_loss)
+    return replace(bound, constants=given and constants), wide, restore
 
 
 @dataclass(frozen=True)

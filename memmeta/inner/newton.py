@@ -1,5 +1,6 @@
 r"""Newton's method with a matrix-free linear solver and Levenberg's damping."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ class NewtonState(NamedTuple):
     damping: Scalar
 
 
-def newton(solver: LinearSolver = cg(20)) -> InnerSolver:
+def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
     r"""Newton-CG: quadratic convergence near a minimum, no divergence away from it.
 
     $$\phi_{k+1} = \phi_k - (\partial^2_{\phi\phi} g + \lambda_k I)^{-1} \nabla_\phi g$$
@@ -32,7 +33,9 @@ def newton(solver: LinearSolver = cg(20)) -> InnerSolver:
     zero. One step solves a quadratic problem.
 
     Args:
-        solver: of the linear system, `memmeta.linear_solve.cg(20)` or `direct()` for small φ.
+        solver: of the linear system, see `memmeta.linear_solve`. None writes the Jacobian of the
+            gradient out and factorises it: for few inner parameters, and for `sample_space`, where
+            it is not symmetric.
 
     Returns:
         The solver.
@@ -62,7 +65,7 @@ def newton(solver: LinearSolver = cg(20)) -> InnerSolver:
             (image,) = transposed(vector)
             return jax.tree.map(lambda h, v: h + state.damping.astype(v.dtype) * v, image, vector)
 
-        step = solver(product, gradient).value
+        step = _dense(product, gradient) if solver is None else solver(product, gradient).value
         proposal = jax.tree.map(jnp.subtract, params, step)
         length, moved = jax.lax.stop_gradient((trees.norm(gradient), trees.norm(step)))
         reached = problem.inner_loss(proposal, context)
@@ -75,3 +78,12 @@ def newton(solver: LinearSolver = cg(20)) -> InnerSolver:
         return where(accepted, proposal, params), NewtonState(damping), length
 
     return InnerSolver(init, update)
+
+
+def _dense(product: Callable[[Params], Params], gradient: Params) -> Params:
+    flat, unravel = trees.ravel(gradient)
+    rows = jax.vmap(lambda e: trees.ravel(product(unravel(e)))[0])(
+        jnp.eye(flat.size, dtype=flat.dtype)
+    )
+    step = jnp.linalg.solve(rows, flat)
+    return unravel(jnp.where(jnp.isfinite(step), step, 0))

@@ -1,0 +1,223 @@
+r"""The whole inner loop of a linear head in the space of the support samples.
+
+Gradient steps keep the head in Φ = a Φ₀ + X̃ᵀA, so that a and A [support, ways] are its whole state:
+
+    logits of the support  a X̃Φ₀ + X̃X̃ᵀ A           logits of the query  a X̃_q Φ₀ + X̃_q X̃ᵀ A
+    ∇_Φ g = (ρ a) Φ₀ + X̃ᵀ (R + ρ A)                  R = ∂ℓ/∂logits, ρ the ridge
+
+The number of features appears in the Gram matrices only.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from memmeta import trees
+from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
+from memmeta.hypergradient.report import unsolved_report
+from memmeta.hypergradient.structural_zeros import losses_seen
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.linear_head import LinearHead, stacked
+from memmeta.linear_solve.solution import Operator, dot, make_solver
+from memmeta.problem import Context, Params, Problem, Scalar
+
+Aim: TypeAlias = Literal["steps", "solution"]
+WIDTH = 256
+
+
+class Coefficients(NamedTuple):
+    """The head's state: Φ = start · Φ₀ + X̃ᵀ samples."""
+
+    start: Float[Array, ""]
+    samples: Float[Array, "support ways"]
+
+
+class Support(NamedTuple):
+    """What the inner loop sees: X̃X̃ᵀ, X̃Φ₀, ‖Φ₀‖² and the ridge."""
+
+    gram: Float[Array, "support support"]
+    logits: Float[Array, "support ways"]
+    square: Float[Array, ""]
+    ridge: Float[Array, ""]
+
+
+class Query(NamedTuple):
+    """What the outer loss sees: X̃_q X̃ᵀ and X̃_q Φ₀."""
+
+    gram: Float[Array, "query support"]
+    logits: Float[Array, "query ways"]
+
+
+def sample_space(differentiate: Aim = "steps") -> Estimator:
+    r"""Run and differentiate a linear head's inner loop on (support × ways) + 1 numbers.
+
+    "steps" is the exact gradient of the loop as it is run, by forward accumulation: memory grows
+    neither with the number of steps nor with that of features. "solution" is the implicit rule
+
+    $$\nabla F_i = \partial_s f_i - \lambda^\top \partial_s r, \qquad
+      (\partial_\alpha r)^\top \lambda = \partial_\alpha f_i$$
+
+    for α = (a, A), r(α, s) = (ρ a, R + ρ A) and s the Gram matrices, by one dense solve.
+
+    The inner solver sees r as its gradient, which gives the steps it would make in Φ whenever
+    these are linear combinations of gradients: `gradient_descent`, `accelerated`, `optax.sgd` with
+    or without momentum. Newton's method is `newton(None)`. Solvers that scale each coordinate, like
+    Adam, would make other steps here than in Φ.
+
+    Args:
+        differentiate: "steps" or "solution".
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ValueError: `differentiate` is neither; (when traced) the problem has no `head` or no
+            `smoothness`.
+
+    Source: forward accumulation in this space: Deleu et al., "Continuous-Time Meta-Learning with
+    Forward Mode Differentiation" (COMLN, ICLR 2022), section 4.2, there for gradient flow.
+
+    Example:
+        >>> estimator = sample_space("steps")
+    """
+    if differentiate not in get_args(Aim):
+        raise ValueError(
+            f"differentiate: expected one of {', '.join(get_args(Aim))}, found {differentiate!r}."
+        )
+
+    def rule(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> TaskGradient:
+        if problem.head is None or problem.smoothness is None:
+            raise ValueError(
+                "sample_space: expected a problem with a `head` and a `smoothness` (see "
+                "memmeta.linear_head.softmax_problem), found None. For other inner losses use "
+                "unrolled() or implicit()."
+            )
+        head = problem.head(context)
+        make_grams = lambda start, context: _grams(problem.head(context), start)  # noqa: E731
+        (support, query), pull_back = jax.vjp(make_grams, start, context)
+        reduced = _reduced_problem(head, problem.smoothness(context), support)
+        state = inner.run(reduced, _first(support), support)
+        gradients = _through_steps if differentiate == "steps" else _at_solution
+        loss, query_pull_back, aux = jax.vjp(reduced.outer_loss, state.params, query, has_aux=True)
+        alpha_bar, query_bar = query_pull_back(jnp.ones_like(loss))
+        support_bar, figures = gradients(
+            _field(head.support_loss), reduced, inner, state, alpha_bar, support
+        )
+        start_bar, context_bar = pull_back((support_bar, query_bar))
+        slope = _field(head.support_loss)(state.params, support)
+        length = jnp.sqrt(jnp.maximum(_square(slope, support), 0))
+        report = unsolved_report(state)._replace(inner_gradient_norm=length, **figures)
+        return TaskGradient(loss, aux, context_bar, start_bar, report)
+
+    return per_task(rule, "sample_space", losses_seen if differentiate == "solution" else None)
+
+
+def _grams(head: LinearHead, start: Params) -> tuple[Support, Query]:
+    phi = stacked(start)
+    x, q = head.features, head.query_features
+    return Support(x @ x.T, x @ phi, jnp.sum(phi**2), head.ridge), Query(q @ x.T, q @ phi)
+
+
+def _logits(alpha: Coefficients, grams: Support | Query) -> Array:
+    return alpha.start * grams.logits + grams.gram @ alpha.samples
+
+
+def _square(alpha: Coefficients, support: Support) -> Scalar:
+    """‖Φ‖²."""
+    cross = 2 * alpha.start * jnp.sum(alpha.samples * support.logits)
+    own = jnp.sum(alpha.samples * (support.gram @ alpha.samples))
+    return alpha.start**2 * support.square + cross + own
+
+
+def _first(support: Support) -> Coefficients:
+    return Coefficients(jnp.ones_like(support.ridge), jnp.zeros_like(support.logits))
+
+
+def _field(loss: Callable[[Array], Scalar]) -> Callable[[Coefficients, Support], Coefficients]:
+    """r(α, s): the coefficients of ∇_Φ g."""
+
+    def field(alpha: Coefficients, support: Support) -> Coefficients:
+        slope = jax.grad(loss)(_logits(alpha, support))
+        return Coefficients(support.ridge * alpha.start, slope + support.ridge * alpha.samples)
+
+    return field
+
+
+def _reduced_problem(head: LinearHead, smoothness: Scalar, support: Support) -> Problem:
+    """g as a function of the coefficients, with r for its gradient."""
+    loss, values = trees.hoisted(head.support_loss, support.logits)
+
+    @jax.custom_jvp
+    def ruled(values: list, alpha: Coefficients, support: Support) -> Scalar:
+        return loss(values, _logits(alpha, support)) + 0.5 * support.ridge * _square(alpha, support)
+
+    @ruled.defjvp
+    def ruled_jvp(primals: tuple, tangents: tuple) -> tuple[Scalar, Scalar]:
+        values, alpha, support = primals
+        slope = _field(partial(loss, values))(alpha, support)
+        return ruled(*primals), dot(slope, tangents[1])
+
+    return Problem(
+        embed=lambda theta, batch: batch,
+        inner_loss=lambda alpha, support: ruled(values, alpha, support),
+        outer_loss=lambda alpha, query: head.query_loss(_logits(alpha, query)),
+        init=lambda theta: theta,
+        smoothness=lambda support: jax.lax.stop_gradient(smoothness),
+        strong_convexity=lambda support: support.ridge,
+    )
+
+
+def _through_steps(
+    field: Callable,
+    reduced: Problem,
+    inner: InnerLoop,
+    state: InnerState,
+    alpha_bar: Coefficients,
+    support: Support,
+) -> tuple[Support, dict]:
+    """⟨ᾱ, ∂α_K/∂s⟩, coordinate by coordinate of s, by tangents carried along the loop."""
+    flat, unravel = trees.ravel(support)
+
+    def final(support: Support) -> Coefficients:
+        return inner.run(reduced, _first(support), support).params
+
+    def one(index: Array) -> Scalar:
+        tangent = unravel(jnp.zeros_like(flat).at[index].set(1))
+        change = jax.jvp(final, (support,), (tangent,))[1]
+        return dot(change, alpha_bar)
+
+    along = jax.lax.map(one, jnp.arange(flat.size), batch_size=min(WIDTH, flat.size))
+    return unravel(along), {}
+
+
+def _at_solution(
+    field: Callable,
+    reduced: Problem,
+    inner: InnerLoop,
+    state: InnerState,
+    alpha_bar: Coefficients,
+    support: Support,
+) -> tuple[Support, dict]:
+    """−λᵀ ∂_s r, where (∂_α r)ᵀ λ = ᾱ, by a dense solve."""
+    _, transposed = jax.vjp(field, state.params, support)
+    flat, unravel = trees.ravel(alpha_bar)
+    rows = jax.vmap(lambda e: trees.ravel(transposed(unravel(e))[0])[0])(
+        jnp.eye(flat.size, dtype=flat.dtype)
+    )
+    factors = jax.scipy.linalg.lu_factor(rows.T)
+
+    def method(operator: Operator, b: Coefficients) -> tuple[Coefficients, Array, Array]:
+        found = unravel(jax.scipy.linalg.lu_solve(factors, trees.ravel(b)[0]))
+        return found, support.ridge, jnp.int32(flat.size)
+
+    solution = make_solver(method)(lambda x: transposed(x)[0], alpha_bar)
+    support_bar = jax.tree.map(jnp.negative, transposed(solution.value)[1])
+    return support_bar, {
+        "linear_residual": solution.residual,
+        "smallest_curvature": solution.curvature,
+        "linear_iterations": solution.iterations.astype(flat.dtype),
+    }

@@ -1,0 +1,84 @@
+"""Refuse, when traced, meta-parameters whose hypergradient would be zero by construction."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+from jaxtyping import PyTree
+
+from memmeta import trees
+from memmeta.inner import InnerLoop
+from memmeta.problem import Batch, Context, MetaParams, Params, Problem
+
+Seen: TypeAlias = Callable[[Problem, InnerLoop, Params, Context], PyTree]
+"""(problem, inner, φ₀, context) -> the quantities an estimator differentiates."""
+
+
+def losses_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
+    """What an implicit rule differentiates: both losses, at a point held fixed."""
+    start = jax.lax.stop_gradient(start)
+    return problem.inner_loss(start, context), problem.outer_loss(start, context)[0]
+
+
+def steps_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
+    """What a truncated loop differentiates: both losses and a step, at a point held fixed."""
+    state = jax.lax.stop_gradient(inner.start(problem, start, context))
+    return losses_seen(problem, inner, start, context), inner.advance(problem, state, context, 1)
+
+
+def ends_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
+    """What a first-order rule differentiates: the start, and the outer loss at a fixed point."""
+    return start, problem.outer_loss(jax.lax.stop_gradient(start), context)[0]
+
+
+def start_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
+    """What Reptile differentiates: the start alone."""
+    return start
+
+
+def refuse_structural_zeros(
+    problem: Problem,
+    inner: InnerLoop,
+    meta_params: MetaParams,
+    tasks: Batch,
+    name: str,
+    seen: Seen,
+) -> None:
+    """Raise where an estimator would say zero whatever the data.
+
+    At the inner solution, for instance, φ* depends on θ only through the inner loss: where the
+    inner loop started and with what rate it ran leave no trace.
+
+    Args:
+        problem: the problem.
+        inner: the inner loop.
+        meta_params: θ.
+        tasks: one chunk of tasks.
+        name: of the estimator.
+        seen: what the estimator differentiates.
+
+    Raises:
+        ValueError: naming each meta-parameter that nothing of it depends on, with the remedy.
+    """
+    floats, others = trees.split_inexact(meta_params)
+    task = jax.tree.map(lambda leaf: leaf[0], tasks)
+
+    def quantities(floats: MetaParams) -> PyTree:
+        theta = trees.merge(floats, others)
+        return seen(problem, inner, problem.init(theta), problem.embed(theta, task))
+
+    reach = trees.reach(quantities, floats)
+    paths = jax.tree_util.tree_leaves_with_path(floats)
+    missing = [
+        jax.tree_util.keystr(path) or "meta_params"
+        for (path, _), outputs in zip(paths, reach, strict=True)
+        if not any(jax.tree.leaves(outputs))
+    ]
+    if missing:
+        raise ValueError(
+            f"{name}: the hypergradient of {', '.join(missing)} is zero by construction: nothing "
+            "this estimator differentiates depends on it (for an implicit one: an initialisation "
+            "or an inner learning rate leaves no trace at the inner solution). Add a proximal term "
+            "to inner_loss (as in iMAML), leave it out of the meta-parameters, or use an estimator "
+            "that differentiates all steps, such as unrolled()."
+        )
