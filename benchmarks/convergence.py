@@ -9,6 +9,7 @@ whether it holds. Writes convergence.json (all curves) and convergence.png.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,25 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+from jaxtyping import Array
 
-from benchmarks.claims import EXPERIMENTS, QUICK, Experiment
+from benchmarks import claims_cost, claims_rates
+from benchmarks.experiment import Experiment
 from benchmarks.fits import table
+
+EXPERIMENTS: dict[str, Callable[[Array, bool], Experiment]] = {
+    "deterministic": claims_rates.deterministic,
+    "stochastic": claims_rates.stochastic,
+    "error": claims_cost.error_against_steps,
+    "complexity": claims_cost.complexity,
+    "memory": claims_cost.memory,
+    "softmax": claims_rates.softmax_heads,
+    "on_demand": claims_rates.on_demand,
+}
+"""All of them, in the order of the table."""
+
+QUICK = ["deterministic", "stochastic", "error", "memory"]
+"""Those that a quick run takes, unless told otherwise."""
 
 POINTS = 400
 """Points of a curve kept in the JSON file."""

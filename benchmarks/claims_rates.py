@@ -1,0 +1,192 @@
+"""Claims of convergence: deterministic, stochastic, softmax heads, accuracy on demand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+import memmeta as mm
+from benchmarks.experiment import (
+    Experiment,
+    Step,
+    compiled,
+    ill_conditioned,
+    meta_step,
+    run,
+    trajectory,
+)
+from benchmarks.fits import Claim, over_seeds, slope
+from benchmarks.problems_quadratic import Family
+from benchmarks.problems_softmax import Heads
+from memmeta.hypergradient import Scheduled, implicit
+from memmeta.linear_solve import cg
+
+
+def deterministic(keys: Array, quick: bool) -> Experiment:
+    """All tasks each iteration: cold, warm and tightening, then 10,000 dimensions."""
+    count = 300 if quick else 1500
+    family = Family(jnp.linspace(1.0, 4.0, 40), jnp.ones(40))
+
+    def tightening(problem: mm.Problem, rate: Array) -> Step:
+        schedule = Scheduled(lambda t: implicit(cg(5), tolerance=(0.9 if quick else 0.97) ** t))
+        return meta_step(problem, 400, schedule, rate)
+
+    methods: dict[str, Callable] = {
+        "cold, K = CG = 5": lambda p, r: meta_step(p, 5, implicit(cg(5)), r),
+        "cold, K = CG = 20": lambda p, r: meta_step(p, 20, implicit(cg(20)), r),
+        "warm, K = CG = 3": lambda p, r: meta_step(p, 3, implicit(cg(3)), r, warm=8),
+        "cold, tightening tolerance": tightening,
+    }
+    if quick:
+        del methods["cold, K = CG = 20"]
+    found = {n: run(make, family, keys, count, 8, quick)[0] for n, make in methods.items()}
+    claims = []
+    for name in ("warm, K = CG = 3", "cold, tightening tolerance"):
+        last = over_seeds(np.log10(found[name][:, -1]))
+        claims.append(
+            Claim(f"exact: log10 ‖∇F‖² at the end, {name}", "≤ -10", last, last.high <= -10)
+        )
+    biased = over_seeds(np.log10(found["cold, K = CG = 5"][:, -1]))
+    claims.append(
+        Claim("biased: log10 ‖∇F‖² at the end, cold, K = CG = 5", "> -10", biased, biased.low > -10)
+    )
+    for dim, seeds in () if quick else ((1000, keys), (10_000, keys[:2])):
+        wide = ill_conditioned(dim, convex=False)
+        name = f"warm, not convex, dimension {dim:,}"
+        squares, _ = run(
+            lambda p, r: meta_step(p, 3, implicit(cg(3)), r, warm=4), wide, seeds, 200, 4
+        )
+        mean = np.cumsum(squares, axis=1) / np.arange(1, 201)
+        at = np.unique(np.geomspace(20, 200, 12).astype(int)) - 1
+        fit = slope(at + 1.0, mean[:, at])
+        found[name] = squares
+        claims.append(
+            Claim(f"rate: mean_(j≤k) ‖∇F‖² ∝ k^p, {name}", "p ≤ -1, or near", fit, fit.value < -0.9)
+        )
+    curves = {name: (np.arange(1, y.shape[1] + 1), y) for name, y in found.items()}
+    title = "Deterministic: all tasks each iteration"
+    return Experiment(title, ("outer iterations k", "‖∇F‖²"), curves, claims)
+
+
+def stochastic(keys: Array, quick: bool) -> Experiment:
+    """|B| tasks drawn anew each iteration: 1/k down to a floor, and the floor falls as 1/|B|."""
+    family = Family(jnp.linspace(1.0, 3.0, 20), jnp.ones(20))
+    sizes = (1, 16) if quick else (1, 4, 16, 64, 256)
+    pool, count = (256, 300) if quick else (1024, 800)
+    problem, rate = family.problem(), 0.2 / family.smoothness
+
+    def one(key: Array, size: int) -> Array:
+        tasks = family.sample(key, pool)
+        step = mm.make_meta_step(
+            problem, mm.InnerLoop(mm.accelerated(), 15), implicit(cg(8)), optax.sgd(rate)
+        )
+
+        def body(state: Any, key: Array) -> tuple[Any, Array]:
+            square = jnp.sum(family.gradient(state.meta_params, tasks) ** 2)
+            drawn = jax.random.randint(key, (size,), 0, pool)
+            batch = jax.tree.map(lambda leaf: leaf[drawn], tasks)
+            return step.update(state, batch)[0], square
+
+        draws = jax.random.split(jax.random.fold_in(key, 1), count)
+        return jax.lax.scan(body, step.init(3 * jnp.ones(family.spectrum.size)), draws)[1]
+
+    found = {
+        s: np.asarray(compiled(jax.vmap(lambda k, s=s: one(k, s)), keys, quick=quick))
+        for s in sizes
+    }
+    floors = np.stack([found[s][:, count // 2 :].mean(axis=1) for s in sizes], axis=1)
+    fit = slope(np.array(sizes), floors)
+    steps = np.arange(1, count + 1)
+    excess = found[sizes[-1]].cumsum(axis=1) / steps - floors[:, -1:]
+    at = np.unique(np.geomspace(count // 8, count // 2, 10).astype(int)) - 1
+    approach = slope(at + 1.0, np.maximum(excess[:, at], 1e-300))
+    claims = [
+        Claim("floor of ‖∇F‖² ∝ |B|^p", "p = -1", fit, fit.low <= -1 <= fit.high),
+        Claim(
+            f"mean_(j≤k) ‖∇F‖² − floor ∝ k^p, |B| = {sizes[-1]}",
+            "p ≤ -1, or near",
+            approach,
+            approach.value < -0.9,
+        ),
+    ]
+    curves = {f"|B| = {s}": (steps, found[s]) for s in sizes}
+    return Experiment("Stochastic: |B| fresh tasks each iteration", ("k", "‖∇F‖²"), curves, claims)
+
+
+def softmax_heads(keys: Array, quick: bool) -> Experiment:
+    """The same on softmax heads, with the rigorous certificate beside the true error."""
+    count, tasks, heads = (20 if quick else 300), 4, Heads()
+    problem = heads.problem()
+
+    def one(key: Array, step: Step) -> tuple[Array, Any]:
+        drawn = heads.sample(key, tasks)
+        return trajectory(step, heads.start(key), drawn, lambda t: heads.gradient(t, drawn), count)
+
+    def tight(key: Array) -> tuple[Array, Array]:
+        """True error in θ of one task against ‖X‖ times the bound in feature space."""
+        drawn = heads.sample(key, 1)
+        step = mm.make_meta_step(problem, mm.InnerLoop(steps=30), implicit(cg(5)), optax.identity())
+        theta = heads.start(key)
+        found, metrics = step.gradient(step.init(theta), drawn)
+        inputs = jnp.concatenate([drawn.support_inputs[0], drawn.query_inputs[0]])
+        bound = jnp.linalg.norm(inputs, 2) * metrics.report.error_bound
+        return jnp.linalg.norm(found - heads.gradient(theta, drawn)), bound
+
+    made = {
+        "cold, K = CG = 5": meta_step(problem, 5, implicit(cg(5)), 0.3, fast=True),
+        "warm, K = CG = 5": meta_step(problem, 5, implicit(cg(5)), 0.3, warm=tasks, fast=True),
+    }
+    found = {
+        name: np.asarray(compiled(jax.vmap(lambda k, s=step: one(k, s)), keys, quick=quick)[0])
+        for name, step in made.items()
+    }
+    many = jax.random.split(keys[0], 32 if quick else 256)
+    error, bound = map(np.asarray, compiled(jax.vmap(tight), many, quick=quick))
+    covered = over_seeds((bound >= error).astype(float))
+    ratio = float(np.median(bound / error))
+    gap = over_seeds(np.log10(found["warm, K = CG = 5"][:, -1] / found["cold, K = CG = 5"][:, -1]))
+    claims = [
+        Claim("softmax: share of errors under the bound", "= 1", covered, covered.value == 1),
+        Claim("softmax: log10 of warm / cold ‖∇F‖² at the end", "< 0", gap, gap.high < 0),
+    ]
+    lines = (f"softmax: median of bound / true error over {len(many)} problems: {ratio:.3g}",)
+    curves = {name: (np.arange(1, count + 1), y) for name, y in found.items()}
+    return Experiment("Softmax heads", ("k", "‖∇F‖²"), curves, claims, lines)
+
+
+def on_demand(keys: Array, quick: bool) -> Experiment:
+    """A tightening tolerance against fixed K, at equal numbers of products."""
+    count, tasks, round_steps = (200 if quick else 1000), 8, 5
+    family = Family(jnp.linspace(1.0, 20.0, 40), jnp.ones(40))
+
+    def tightening(problem: mm.Problem, rate: Array) -> Step:
+        schedule = Scheduled(lambda t: implicit(cg(5), tolerance=0.1 / (1.0 + t) ** 2))
+        return meta_step(problem, 1000, schedule, rate)
+
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    squares, report = run(tightening, family, keys, count, tasks, quick)
+    steps = np.asarray(report.inner_steps)
+    products = (steps + 5 * (steps / round_steps + 1) + 1).mean(axis=0).cumsum()
+    curves["tolerance 0.1 / (1 + k)²"] = (products, squares)
+    for k in (20,) if quick else (5, 10, 20, 40):
+        y, _ = run(
+            lambda p, r, k=k: meta_step(p, k, implicit(cg(k)), r), family, keys, count, 8, quick
+        )
+        curves[f"fixed K = CG = {k}"] = ((2 * k + 1) * np.arange(1, count + 1), y)
+    budget = min(curves[name][0][-1] for name in curves if "= 5" not in name)
+    at = {n: np.array([np.interp(budget, x, row) for row in y]) for n, (x, y) in curves.items()}
+    best = np.min([at[n] for n in at if n.startswith("fixed")], axis=0)
+    gain = over_seeds(np.log10(at["tolerance 0.1 / (1 + k)²"] / best))
+    claims = [
+        Claim("log10 of ‖∇F‖², tolerance / best fixed K, equal cost", "≤ 0", gain, gain.low <= 0)
+    ]
+    lines = tuple(
+        f"{name:26} ‖∇F‖² after {budget:.0f} products a task: {np.median(y):.2g}"
+        for name, y in at.items()
+    )
+    axes = ("gradients + Hessian-vector products a task", "‖∇F‖²")
+    return Experiment("Accuracy on demand", axes, curves, claims, lines)
