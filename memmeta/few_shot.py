@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from memmeta import trees
+from memmeta.head_constants import with_softmax_constants
 from memmeta.linear_head import HeadContext, softmax_problem
 from memmeta.models import Network, linear_head
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
@@ -50,7 +51,7 @@ def features_of(
     Args:
         network: the network.
         body: its body's parameters.
-        task: one task.
+        task: one task; padding takes no part in the batch statistics.
         statistics: see `Statistics`.
 
     Returns:
@@ -58,7 +59,7 @@ def features_of(
     """
     support = task.support_inputs.shape[0]
     inputs = jnp.concatenate([task.support_inputs, task.query_inputs])
-    weights = jnp.ones(inputs.shape[0], jnp.float32)
+    weights = jnp.concatenate([present(task.support_targets), present(task.query_targets)])
     if statistics == "support":
         weights = weights.at[support:].set(0)
     features = network.body(body, inputs, weights)
@@ -104,7 +105,7 @@ def head_problem(
         )
 
     if network.head is linear_head:
-        return softmax_problem(embed, init, ridge)
+        return with_softmax_constants(softmax_problem(embed, init, ridge))
 
     def inner_loss(head: Params, context: HeadContext) -> Scalar:
         logits = network.head(head, context.support_features)
@@ -116,14 +117,32 @@ def head_problem(
     return Problem(embed, inner_loss, outer_loss, init)
 
 
-def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " support"]) -> Scalar:
-    """Mean cross-entropy.
+def present(targets: Shaped[Array, "..."]) -> Float[Array, " n"]:
+    """The weight of each example: 0 for padding (integer targets of -1), otherwise 1.
 
     Example:
-        >>> round(float(support_loss(jnp.zeros((1, 2)), jnp.array([0]))), 4)
+        >>> present(jnp.array([0, 1, -1])).tolist()
+        [1.0, 1.0, 0.0]
+    """
+    if trees.is_inexact(targets):
+        return jnp.ones(targets.shape[0], jnp.float32)
+    return (targets >= 0).astype(jnp.float32)
+
+
+def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " support"]) -> Scalar:
+    """Mean cross-entropy; padding does not count.
+
+    Example:
+        >>> round(float(support_loss(jnp.zeros((2, 2)), jnp.array([0, -1]))), 4)
         0.6931
     """
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+    labels = jnp.maximum(targets, 0)
+    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets)
+
+
+def _mean(values: Float[Array, " n"], targets: Int[Array, " n"]) -> Scalar:
+    weights = present(targets).astype(values.dtype)
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1)
 
 
 def query_loss(
@@ -131,7 +150,7 @@ def query_loss(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """Mean cross-entropy, and {"accuracy": share of the query examples classified rightly}."""
     right = (jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype)
-    return support_loss(logits, targets), {"accuracy": jnp.mean(right)}
+    return support_loss(logits, targets), {"accuracy": _mean(right, targets)}
 
 
 def network_problem(
@@ -171,8 +190,8 @@ def network_problem(
     def inner_loss(params: Params, context: NetworkContext) -> Scalar:
         network_params = trees.merge(params, context.rest)
         images = context.task.support_inputs
-        ones = jnp.ones(images.shape[0], jnp.float32)
-        features = network.body(network_params["body"], images, ones)
+        weights = present(context.task.support_targets)
+        features = network.body(network_params["body"], images, weights)
         logits = network.head(network_params["head"], features)
         loss = support_loss(logits, context.task.support_targets)
         if context.anchor is None:
@@ -185,8 +204,8 @@ def network_problem(
         if statistics == "support":
             _, features = features_of(network, network_params["body"], context.task, "support")
         else:
-            ones = jnp.ones(images.shape[0], jnp.float32)
-            features = network.body(network_params["body"], images, ones)
+            weights = present(context.task.query_targets)
+            features = network.body(network_params["body"], images, weights)
         logits = network.head(network_params["head"], features)
         return query_loss(logits, context.task.query_targets)
 

@@ -31,10 +31,11 @@ class HeadContext(NamedTuple):
 
     Attributes:
         support_features: [support, features], floating point.
-        support_targets: [support] class indices (int32), or [support, ways] values (squared loss).
+        support_targets: [support] class indices (int32; -1 is padding and has no weight), or
+            [support, ways] values (squared loss).
         query_features: [query, features].
-        query_targets: [query] class indices, or [query, ways] values.
-        support_weights: [support] weight of each support example, 0 for padding; None means all 1.
+        query_targets: [query] class indices (-1 is padding), or [query, ways] values.
+        support_weights: [support] weight of each support example; None means all 1.
     """
 
     support_features: Float[Array, "support features"]
@@ -109,8 +110,20 @@ def _shares(like: Float[Array, " n"], weights: Float[Array, " n"] | None) -> Flo
     return weights / jnp.maximum(jnp.sum(weights), jnp.finfo(like.dtype).tiny)
 
 
+def _weights(targets: Array, weights: Array | None = None) -> Float[Array, " n"] | None:
+    """The weights of the examples, 0 for padding: integer targets of -1."""
+    if trees.is_inexact(targets):
+        return weights
+    present = (targets >= 0).astype(jnp.float32)
+    return present if weights is None else present.astype(weights.dtype) * weights
+
+
+def _support_weights(context: HeadContext) -> Float[Array, " n"] | None:
+    return _weights(context.support_targets, context.support_weights)
+
+
 def _cross_entropies(logits: Array, targets: Array) -> Float[Array, " n"]:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
 
 
 def _squared_errors(logits: Array, targets: Array) -> Float[Array, " n"]:
@@ -120,9 +133,10 @@ def _squared_errors(logits: Array, targets: Array) -> Float[Array, " n"]:
 
 
 def _accuracy(logits: Array, targets: Array) -> Scalar:
+    weights = _weights(targets)
     if trees.is_inexact(targets):
         targets = jnp.argmax(targets, axis=-1)
-    return jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype))
+    return _mean((jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype), weights)
 
 
 def softmax_inner_loss(params: HeadParams, context: HeadContext, ridge: Any) -> Scalar:
@@ -186,13 +200,13 @@ def squared_outer_loss(
 
 def _inner_loss(losses: Callable, params: HeadParams, context: HeadContext, ridge: Any) -> Scalar:
     logits = _logits(params, context.support_features)
-    mean = _mean(losses(logits, context.support_targets), context.support_weights)
+    mean = _mean(losses(logits, context.support_targets), _support_weights(context))
     return mean + _penalty(params, ridge, logits.dtype)
 
 
 def _outer_loss(losses: Callable, params: HeadParams, context: HeadContext) -> tuple:
     logits = _logits(params, context.query_features)
-    loss = jnp.mean(losses(logits, context.query_targets))
+    loss = _mean(losses(logits, context.query_targets), _weights(context.query_targets))
     return loss, {"accuracy": _accuracy(logits, context.query_targets)}
 
 
@@ -258,7 +272,7 @@ def squared_smoothness_bound(context: HeadContext, ridge: Any) -> Scalar:
 
 def _largest_curvature(context: HeadContext) -> Scalar:
     features = augmented(context.support_features)
-    shares = _shares(features[:, 0], context.support_weights)
+    shares = _shares(features[:, 0], _support_weights(context))
     features = features * jnp.sqrt(shares)[:, None]
     if features.shape[0] > features.shape[1]:
         features = features.T
@@ -294,7 +308,7 @@ def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
     features, targets = augmented(context.support_features), context.support_targets
     if not trees.is_inexact(targets):
         targets = jax.nn.one_hot(targets, ways, dtype=features.dtype)
-    roots = jnp.sqrt(_shares(features[:, 0], context.support_weights))[:, None]
+    roots = jnp.sqrt(_shares(features[:, 0], _support_weights(context)))[:, None]
     scaled, targets = features * roots, targets.astype(features.dtype) * roots
     ridge = jnp.asarray(ridge).astype(features.dtype)
 
@@ -311,14 +325,14 @@ def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
 
 def _describe(losses: Callable, context: HeadContext, ridge: Any) -> LinearHead:
     def query_loss(logits: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        accuracy = _accuracy(logits, context.query_targets)
-        return jnp.mean(losses(logits, context.query_targets)), {"accuracy": accuracy}
+        loss = _mean(losses(logits, context.query_targets), _weights(context.query_targets))
+        return loss, {"accuracy": _accuracy(logits, context.query_targets)}
 
     features = augmented(context.support_features)
     return LinearHead(
         features,
         augmented(context.query_features),
-        lambda logits: _mean(losses(logits, context.support_targets), context.support_weights),
+        lambda logits: _mean(losses(logits, context.support_targets), _support_weights(context)),
         query_loss,
         jnp.asarray(ridge).astype(features.dtype),
     )

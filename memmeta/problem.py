@@ -24,7 +24,8 @@ class Task(NamedTuple):
         support_inputs: [support, ...] examples, any dtype (images are uint8 until the network).
         support_targets: [support, ...] class indices (int32) or regression targets (float).
         query_inputs: [query, ...] examples.
-        query_targets: [query, ...] class indices or regression targets.
+        query_targets: [query, ...] class indices or regression targets. A class index of -1, here
+            and above, marks padding: no loss, no statistic and no accuracy takes notice of it.
     """
 
     support_inputs: Shaped[Array, "*support"]
