@@ -12,6 +12,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memmeta.data import DataError, Episodes, HostDataset, cache, folders, load, load_host
 from memmeta.data.class_splits import drawn_split
@@ -402,11 +404,18 @@ def test_examples_of_the_wrong_shape_are_refused(tmp_path):
         cache.ensure_cache(tmp_path / "made", lambda: plan)
 
 
-def test_a_drawn_split_never_leaves_a_split_empty():
-    for number in range(3, 30):
-        classes = [ClassItems(str(i), "", ()) for i in range(number)]
-        found = drawn_split(classes, 0, round(0.64 * number), round(0.16 * number))
-        assert all(found.values())
-        assert sorted(c.name for part in found.values() for c in part) == sorted(
-            c.name for c in classes
-        )
+@given(
+    names=st.lists(st.text(min_size=1, max_size=4), min_size=3, max_size=40, unique=True),
+    seed=st.integers(0, 2**31),
+    shares=st.tuples(st.integers(0, 50), st.integers(0, 50)),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_drawn_split_has_every_class_once_and_no_split_empty(names, seed, shares):
+    classes = [ClassItems(name, "", ()) for name in names]
+    found = drawn_split(classes, seed, *shares)
+    assert all(found.values())
+    assert sorted(c.name for part in found.values() for c in part) == sorted(names)
+    assert found == drawn_split(classes, seed, *shares)
+    # whether a class is drawn before another does not depend on the order they are listed in
+    again = drawn_split(classes[::-1], seed, *shares)
+    assert {s: set(part) for s, part in again.items()} == {s: set(p) for s, p in found.items()}

@@ -92,6 +92,7 @@ def test_too_few_classes_are_refused_as_on_the_device():
 
 
 def test_embedded_data_on_the_host():
+    assert sampler(load_host("glyphs", "test"), shots=2) == HostEpisodes(Episodes(shots=2))
     host = load_host("glyphs", "test")
     assert host.example_shape == (28, 28, 1)
     np.testing.assert_array_equal(host.to_device().inputs, load("glyphs", "test").inputs)

@@ -17,8 +17,8 @@ array_record = pytest.importorskip("array_record.python.array_record_module")
 Image = pytest.importorskip("PIL.Image")
 naming = pytest.importorskip("tensorflow_datasets.core.naming")
 splits = pytest.importorskip("tensorflow_datasets.core.splits")
-tf_example_pb2 = pytest.importorskip("tensorflow_datasets.proto.tf_example_pb2")
-tf_feature_pb2 = pytest.importorskip("tensorflow_datasets.proto.tf_feature_pb2")
+proto = pytest.importorskip("tensorflow_datasets.proto")
+tf_example_pb2, tf_feature_pb2 = proto.tf_example_pb2, proto.tf_feature_pb2
 
 SPLITS = ("train", "validation", "test")
 COARSE = [
@@ -80,8 +80,8 @@ def write_prepared(data_dir, name, examples, names):
         writer = array_record.ArrayRecordWriter(str(path), "group_size:1")
         for example in found:
             features = {key: feature(value) for key, value in example.items()}
-            proto = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
-            writer.write(proto.SerializeToString())
+            record = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
+            writer.write(record.SerializeToString())
         writer.close()
         info = splits.SplitInfo(
             name=split, shard_lengths=[len(found)], num_bytes=0, filename_template=template
@@ -206,6 +206,21 @@ def test_what_is_no_image_classification(tmp_path):
         load("tfds:coil100", "train", tmp_path)
     with pytest.raises(DataError, match=r"tfds:no_such_data cannot be read"):
         load("tfds:no_such_data", "train", tmp_path)
+
+
+def test_another_file_format_is_refused(tmp_path):
+    builder = tfds.builder("mnist", data_dir=tmp_path, file_format="tfrecord")
+    builder.data_path.mkdir(parents=True)
+    template = naming.ShardedFileTemplate(
+        data_dir=builder.data_dir, dataset_name="mnist", split="train", filetype_suffix="tfrecord"
+    )
+    info = splits.SplitInfo(
+        name="train", shard_lengths=[1], num_bytes=0, filename_template=template
+    )
+    builder.info.set_splits(splits.SplitDict([info]))
+    builder.info.write_to_directory(builder.data_dir)
+    with pytest.raises(DataError, match=r"tfds:mnist cannot be read .*array_record"):
+        load("tfds:mnist", "train", tmp_path)
 
 
 def test_missing_extras_are_asked_for_with_the_pip_line(tmp_path, monkeypatch):

@@ -187,11 +187,7 @@ def read_source(
             prepare(builder_name, data_dir)
             builder = tfds.builder(builder_name, data_dir=where)
         features = builder.info.features
-        if not {"image", *keys} <= set(features) or len(features["image"].shape or ()) != 3:
-            raise DataError(
-                f"tfds:{builder_name} has the features {sorted(features)}: expected an image and "
-                "a label"
-            )
+        _check_features(tfds, builder_name, features, keys)
         examples = dict(builder.as_data_source())
         skip = {"image": tfds.decode.SkipDecoding()}
         labels = {}
@@ -199,13 +195,22 @@ def read_source(
             found = [[example[key] for key in keys] for example in undecoded]
             columns = np.array(found, np.int64).reshape(-1, len(keys)).T
             labels[split] = dict(zip(keys, columns, strict=True))
-    except (tfds.core.DatasetNotFoundError, NotImplementedError, AttributeError) as error:
+    except (tfds.core.DatasetNotFoundError, NotImplementedError) as error:
         raise DataError(
             f"tfds:{builder_name} cannot be read ({str(error).splitlines()[0]}): it must be a data "
             "set of tensorflow-datasets, prepared in the format array_record"
         ) from error
     names = {key: list(features[key].names) for key in keys}
     return Source(examples, labels, names), tuple(features["image"].shape)
+
+
+def _check_features(tfds: Any, builder_name: str, features: Any, keys: Sequence[str]) -> None:
+    found = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image = isinstance(found.get("image"), tfds.features.Image)
+    if not image or not all(isinstance(found.get(k), tfds.features.ClassLabel) for k in keys):
+        raise DataError(
+            f"tfds:{builder_name} has the features {sorted(found)}: expected an image and a label"
+        )
 
 
 def _tensorflow_datasets() -> Any:

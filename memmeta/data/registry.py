@@ -11,7 +11,7 @@ from memmeta.data.augmentation import Augmentation
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
-from memmeta.data.host import HostDataset, on_host
+from memmeta.data.host import HostDataset, HostEpisodes, on_host
 from memmeta.problem import Task
 
 Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
@@ -48,7 +48,7 @@ SOURCES = [
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What draws the tasks of a data set; `Episodes` and `Points` are the two."""
+    """What draws the tasks of a data set; `Episodes`, `Points`, `HostEpisodes`."""
 
     def check(self, dataset: Split) -> None:
         """Raise `DataError` if such tasks cannot be drawn from the data."""
@@ -125,18 +125,18 @@ def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDat
 
 
 def sampler(
-    dataset: Split,
+    dataset: Split | HostDataset,
     *,
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 5,
     queries: int = 15,
     cross_family: bool = False,
     augmentation: Augmentation | None = None,
-) -> Episodes | Points:
+) -> Episodes | HostEpisodes | Points:
     """The sampler that belongs to a data set: `Episodes` of classes, or `Points` of curves.
 
     Args:
-        dataset: from `load`.
+        dataset: from `load`, or from `load_host`: its sampler is `HostEpisodes`.
         ways: classes in a task, see `Episodes`; curves have none and take no notice of it.
         shots: support examples of each class, or support points.
         queries: query examples of each class, or query points.
@@ -144,7 +144,7 @@ def sampler(
         augmentation: of the images; only for classes.
 
     Returns:
-        The sampler; both kinds are frozen dataclasses with `check` and `sample_batch`.
+        The sampler; all kinds are frozen dataclasses with `check` and `sample_batch`.
 
     Raises:
         DataError: `cross_family`, an augmentation or a range of shots is asked of curves.
@@ -153,8 +153,11 @@ def sampler(
         >>> sampler(load("tides", "train"), shots=10)
         Points(shots=10, queries=15)
     """
-    if isinstance(dataset, Dataset):
-        return Episodes(ways, shots, queries, cross_family=cross_family, augmentation=augmentation)
+    if isinstance(dataset, Dataset | HostDataset):
+        episodes = Episodes(
+            ways, shots, queries, cross_family=cross_family, augmentation=augmentation
+        )
+        return episodes if isinstance(dataset, Dataset) else HostEpisodes(episodes)
     if cross_family or augmentation is not None or not isinstance(shots, int):
         raise DataError(
             f"{dataset.name} has curves: cross_family, augmentation and a range of shots are for "
