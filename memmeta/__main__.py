@@ -1,4 +1,9 @@
-"""The command line: `memmeta train` and `memmeta evaluate`."""
+"""The command line: `memmeta train` and `memmeta evaluate`.
+
+Exit codes: 0 done; 1 something to mend, said in one line; 2 options that cannot be read; 3 a run
+with --strict met trouble; 75 SIGTERM or SIGINT came and the state is saved, go on with --resume;
+130 and 143 the same signals where there was nothing to save.
+"""
 
 import json
 import logging
@@ -12,22 +17,36 @@ from typing import Annotated
 import jax
 import tyro
 
-from memmeta import checkpoints
+from memmeta import checkpoints, devices, processes
 from memmeta.checkpoints import CheckpointError, write_whole
 from memmeta.config import Config, UserError
 from memmeta.data import DataError
+from memmeta.interruption import Interrupted, Stopped
 from memmeta.run_folder import RunFolder, new_run, old_run, unused_path
 
 
 @dataclass(frozen=True)
 class Train:
-    """Meta-train a method, report on held-out tasks."""
+    """Meta-train a method, report on held-out tasks.
+
+    SIGTERM or SIGINT (Ctrl-C): the run finishes the meta-steps up to its next line of metrics,
+    saves its state, and ends with exit code 75.
+    """
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     run: Path | None = None
     """Run folder; None makes a new one below runs/."""
     resume: bool = False
     """Go on from the newest checkpoint of the run folder, with the options it was made with."""
+    strict: bool = False
+    """Stop at the first task that is not finite, inner loop that diverges, inner Hessian that is
+    not positive or meta-gradient that explodes, with the state and the tasks saved."""
+    devices: int | None = None
+    """Devices of each process to spread tasks over; changes nothing but rounding. None: all GPUs or
+    TPUs, one of a CPU."""
+    processes: int = 1
+    """Processes of this machine's CPU to share the run, for a try of what a launcher does on many
+    machines."""
 
 
 @dataclass(frozen=True)
@@ -47,31 +66,45 @@ def run_train(command: Train) -> None:
     from memmeta import progress
 
     config = command.config
-    if command.resume:
+    devices.use(command.devices)
+    if processes.launched():
+        processes.join()
+    progress.console.quiet = not processes.is_first()
+    if command.run is None and jax.process_count() > 1:
+        raise UserError("run: several processes need one folder, named by --run")
+    if command.resume and command.run is not None:
         holder = old_run(command.run)
     else:
-        path = command.run or unused_path(Path("runs"), f"{config.data}-{config.method}")
-        holder = new_run(path, config)
+        holder = new_run(command.run or _new_path(config), config)
     with holder as folder:
         progress.console.print(f"run folder: {folder.path}", soft_wrap=True)
-        _train_in(folder, config, command.resume)
+        _train_in(folder, command)
 
 
-def _train_in(folder: RunFolder, config: Config, resume: bool) -> None:
+def _new_path(config: Config) -> Path:
+    return unused_path(Path("runs"), f"{config.data}-{config.method}")
+
+
+def _train_in(folder: RunFolder, command: Train) -> None:
     from memmeta import picture, progress
-    from memmeta.train import final_report, make_trainer, train
+    from memmeta.train import check_room, final_report, make_trainer, train
 
-    trainer = make_trainer(config)
+    config = command.config
+    mesh = devices.chosen(command.devices, config.tasks)
+    trainer = make_trainer(config, mesh)
     progress.console.print(
         f"{config.method} on {config.data}, {config.ways}-way {config.shots}-shot, "
-        f"on {jax.device_count()} {jax.default_backend()} device(s); compiling the meta-step",
+        f"on {devices.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
         soft_wrap=True,
     )
     block = trainer.compile()
+    check_room(trainer, block)
     with progress.shown(config.meta_steps) as show:
-        state = train(trainer, block, folder, resume, show)
-    picture.learning_curve(folder.metrics(), folder.path / "learning_curve.png")
+        state = train(trainer, block, folder, command.resume, show, command.strict)
     report = final_report(trainer, block, state, folder)
+    if not processes.is_first():
+        return
+    picture.learning_curve(folder.metrics(), folder.path / "learning_curve.png")
     write_whole(folder.path / "report.json", json.dumps(report, indent=2) + "\n")
     progress.print_report(report)
 
@@ -122,25 +155,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default those of the process.
 
     Returns:
-        The exit code: 0 done, 1 something the user can mend (said in one line), 130 interrupted.
-        Options that cannot be read end in exit code 2.
+        The exit code, see the top of this module.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # orbax reports every save and restore; a person wants to hear of failures only
     logging.getLogger("absl").setLevel(logging.ERROR)
     use_compilation_cache()
     try:
-        _run(arguments)
+        return _run(arguments)
+    except Interrupted as error:
+        print(f"memmeta: {error}; go on with --resume", file=sys.stderr)
+        return 75
+    except Stopped as error:
+        print(f"memmeta: {error}", file=sys.stderr)
+        return 3
     except (UserError, DataError, CheckpointError, OSError, ValueError) as error:
         print(f"memmeta: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("memmeta: interrupted; go on with --resume", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     stored = _stored_default(arguments)
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(stored))]
     evaluate = Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
@@ -152,12 +189,19 @@ def _run(arguments: list[str]) -> None:
     )
     if isinstance(command, Evaluate):
         run_evaluate(command)
-    else:
-        if command.resume and command.run is None:
-            raise UserError("--resume: name the run folder to go on with, by --run")
-        if command.resume:
-            _refuse_changes(stored, command.config)
-        run_train(command)
+        return 0
+    if command.resume and command.run is None:
+        raise UserError("--resume: name the run folder to go on with, by --run")
+    if command.resume:
+        _refuse_changes(stored, command.config)
+    for name in ("processes", "devices"):
+        if getattr(command, name) is not None and getattr(command, name) < 1:
+            raise UserError(f"{name}: expected at least 1, found {getattr(command, name)}")
+    if command.processes > 1 and not processes.launched():
+        folder = [] if command.run else ["--run", str(_new_path(command.config))]
+        return processes.launch(command.processes, [*arguments, *folder])
+    run_train(command)
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,17 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32, Key, PyTree
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import trees
-from memmeta.hypergradient.estimator import Estimator, Report
+from memmeta import devices, trees
+from memmeta.hypergradient.estimator import Estimator
+from memmeta.hypergradient.warm import Scheduled
 from memmeta.inner import InnerLoop
+from memmeta.metrics import Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
+
+EXPLODING = 1000.0
+"""A meta-gradient this many times longer than usual is not followed."""
 
 
 class MetaState(NamedTuple):
@@ -24,48 +31,14 @@ class MetaState(NamedTuple):
         meta_params: θ.
         optimizer: state of the outer optimiser.
         key: PRNG key of the run; every random draw of step t comes from fold_in(key, t).
+        usual: geometric running mean of the meta-gradient's norm; zero before the first.
     """
 
     step: Int32[Array, ""]
     meta_params: MetaParams
     optimizer: optax.OptState
     key: Key[Array, ""]
-
-
-class TaskMetrics(NamedTuple):
-    """The figures of every single task of a meta-step, each with a leading axis of tasks.
-
-    Attributes:
-        loss: f_i, the query loss.
-        aux: auxiliary outputs of the outer loss.
-        report: see `memmeta.hypergradient.Report`.
-        usable: whether the task was finite and took part in the averages.
-    """
-
-    loss: Float[Array, " tasks"]
-    aux: PyTree
-    report: Report
-    usable: Bool[Array, " tasks"]
-
-
-class Metrics(NamedTuple):
-    """What a meta-step reports. Averages are over the usable tasks.
-
-    Attributes:
-        loss: mean query loss.
-        aux: mean auxiliary outputs.
-        report: mean report; `smallest_curvature` is the minimum.
-        gradient_norm: ‖(1/n) Σ_i ∇F_i‖.
-        masked: tasks left out because something about them was not finite.
-        tasks: the same figures task by task (None once they have been averaged away).
-    """
-
-    loss: Scalar
-    aux: PyTree
-    report: Report
-    gradient_norm: Scalar
-    masked: Int32[Array, ""]
-    tasks: TaskMetrics | None
+    usual: Scalar
 
 
 @dataclass(frozen=True)
@@ -77,53 +50,60 @@ class MetaStep:
         inner: the inner loop.
         estimator: of the hypergradient.
         optimizer: the outer optimiser.
-        task_chunk: tasks worked on at once; None means all.
+        task_chunk: tasks worked on at once on each device; None means all.
+        mesh: the devices tasks are spread over, along its axis "tasks"; None means one device.
     """
 
     problem: Problem
     inner: InnerLoop
-    estimator: Estimator
+    estimator: Estimator | Scheduled
     optimizer: optax.GradientTransformation
     task_chunk: int | None = None
+    mesh: Mesh | None = None
 
     def init(self, meta_params: MetaParams, key: Key[Array, ""] | None = None) -> MetaState:
         """The state of a new run.
 
         Args:
             meta_params: θ at the start. Copied: the state is donated at each step, θ stays yours.
+                With a mesh, arrays sharded over it stay so; the others get a copy on every device.
             key: PRNG key of the run; default `jax.random.key(0)`.
 
         Returns:
             The state at step 0.
 
         Raises:
-            ValueError: θ has no leaf that can be differentiated.
+            ValueError: θ has no leaf that can be differentiated, or `key` is no single key.
         """
         floats, _ = trees.split_inexact(meta_params)
         if not jax.tree.leaves(floats):
             raise ValueError(
                 "meta_params: found no floating-point leaf, expected at least one array to learn."
             )
-        copied = jax.tree.map(jnp.array, meta_params)
-        key = jnp.copy(jax.random.key(0) if key is None else key)
-        return MetaState(
-            jnp.int32(0), copied, self.optimizer.init(trees.split_inexact(copied)[0]), key
-        )
+        key = _checked_key(jax.random.key(0) if key is None else key)
+        copied = devices.place(self.mesh, jax.tree.map(jnp.array, meta_params))
+        optimizer = self.optimizer.init(trees.split_inexact(copied)[0])
+        usual = jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
+        state = MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), usual)
+        return devices.place(self.mesh, state)
 
     def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """One compiled meta-step; `state` is donated.
 
         Args:
             state: from `init` or the previous call.
-            tasks: one batch of tasks, a pytree whose leaves have a leading axis of tasks.
+            tasks: one batch of tasks, a pytree whose leaves have a leading axis of tasks. With a
+                mesh, those that are not yet spread over its devices are sent there.
 
         Returns:
             The next state, and the metrics of this step.
 
         Raises:
-            ValueError: the tasks have no common leading axis, or `task_chunk` does not divide it.
+            ValueError: the tasks have no common leading axis, or the devices or `task_chunk` do not
+                divide it.
         """
-        return self.compiled(state, tasks)
+        self._chunk(tasks)
+        return self.compiled(state, devices.place(self.mesh, tasks, P(devices.TASKS)))
 
     @cached_property
     def compiled(self) -> Callable[[MetaState, Batch], tuple[MetaState, Metrics]]:
@@ -137,12 +117,17 @@ class MetaStep:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
             updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats)
             updated = (optax.apply_updates(floats, updates), optimizer)
-        any_usable = jnp.any(metrics.tasks.usable)
+        any_usable = jnp.any(metrics.counts.masked < metrics.tasks.usable.size)
+        usual, exploding = _follow(state.usual, metrics.gradient_norm, any_usable)
         floats, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(any_usable, new, old), updated, (floats, state.optimizer)
+            lambda new, old: jnp.where(any_usable & ~exploding, new, old),
+            updated,
+            (floats, state.optimizer),
         )
-        following = MetaState(state.step + 1, trees.merge(floats, others), optimizer, state.key)
-        return following, metrics
+        theta = trees.merge(floats, others)
+        following = MetaState(state.step + 1, theta, optimizer, state.key, usual)
+        counts = metrics.counts._replace(exploding=exploding.astype(jnp.int32))
+        return following, metrics._replace(counts=counts)
 
     def gradient(self, state: MetaState, tasks: Batch) -> tuple[MetaParams, Metrics]:
         r"""The mean hypergradient of a batch, accumulated chunk by chunk.
@@ -156,50 +141,91 @@ class MetaStep:
         Returns:
             The gradient, like the inexact leaves of θ, and the metrics.
         """
-        count = trees.leading_size(tasks, "tasks")
-        chunk = _checked_chunk(self.task_chunk, count)
+        self._chunk(tasks)
         draw = jax.random.fold_in(state.key, state.step)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(draw, jnp.arange(count))
+        numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
+        spread = devices.spread(self.mesh, self._sums, split=2, out=(False, True))
+        total, per_task = spread(state.meta_params, draw, state.step, tasks, numbers)
+        used = jnp.maximum(total.used, 1)
+        gradient = jax.tree.map(
+            lambda g, like: (g / used.astype(g.dtype)).astype(like.dtype),
+            total.gradient,
+            trees.split_inexact(state.meta_params)[0],
+        )
+        return gradient, averages(total, gradient, per_task)
+
+    def _sums(
+        self,
+        meta_params: MetaParams,
+        draw: Key[Array, ""],
+        step: Int32[Array, ""],
+        tasks: Batch,
+        numbers: Int32[Array, " tasks"],
+    ) -> tuple[Sums, TaskMetrics]:
+        """One device's tasks, chunk by chunk; then the sums of all devices in one message."""
         finite = jax.vmap(trees.all_finite)(tasks)
         tasks = jax.tree.map(_zero_where_not(finite), tasks)
-        batch = (tasks, finite.astype(jnp.float32), keys)
+        count = numbers.size
+        chunk = self.task_chunk or count
+        batch = (tasks, finite.astype(jnp.float32))
         chunks = jax.tree.map(lambda x: x.reshape(count // chunk, chunk, *x.shape[1:]), batch)
 
+        scheduled = isinstance(self.estimator, Scheduled)
+        estimator = self.estimator.at(step) if scheduled else self.estimator
+
         def add_chunk(total: MetaParams, chunk: tuple) -> tuple[MetaParams, TaskMetrics]:
-            found = self.estimator(self.problem, self.inner, state.meta_params, *chunk)
+            found = estimator(self.problem, self.inner, meta_params, *chunk, draw)
             # The last resort: a product that overflowed in the pull-back of finite cotangents.
             sound = trees.all_finite(found.gradient)
-            total = jax.tree.map(lambda t, g: t + jnp.where(sound, g, 0), total, found.gradient)
+            total = jax.tree.map(
+                lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
+            )
             usable = found.usable & sound
-            return total, TaskMetrics(found.loss, found.aux, found.report, usable)
+            return total, TaskMetrics(found.loss, found.aux, found.report, usable, found.memory)
 
-        zeros = jax.tree.map(jnp.zeros_like, trees.split_inexact(state.meta_params)[0])
+        floats, _ = trees.split_inexact(meta_params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
         total, per_task = jax.lax.scan(add_chunk, zeros, chunks)
         per_task = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), per_task)
-        used = jnp.maximum(jnp.sum(per_task.usable), 1)
-        gradient = jax.tree.map(lambda g: g / used.astype(g.dtype), total)
-        return gradient, _averages(per_task, used, gradient)
+        shards = devices.shards(self.mesh)
+        summed = sums(total, per_task, numbers[0] // count, shards)
+        if shards > 1:
+            summed = jax.lax.psum(summed, devices.TASKS)
+        return summed, per_task
+
+    def _chunk(self, tasks: Batch) -> None:
+        """Refuse a number of tasks that cannot be shared out evenly."""
+        count, shards = trees.leading_size(tasks, "tasks"), devices.shards(self.mesh)
+        if count == 0:
+            raise ValueError("tasks: found no task, expected at least one.")
+        if count % shards:
+            raise ValueError(
+                f"tasks: found {count}, expected a multiple of the {shards} devices they are "
+                "spread over."
+            )
+        local = count // shards
+        if self.task_chunk is not None and local % self.task_chunk:
+            divisors = [str(d) for d in range(1, local + 1) if local % d == 0]
+            raise ValueError(
+                f"task_chunk: {self.task_chunk} does not divide the {local} tasks of a step on "
+                f"each device. Choose one of {', '.join(divisors)}, or None for all at once."
+            )
 
 
-def _averages(tasks: TaskMetrics, used: Array, gradient: MetaParams) -> Metrics:
-    def shown(leaf: Array, blank: float) -> Array:
-        return jnp.where(tasks.usable.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, blank)
+def _follow(
+    usual: Scalar, length: Scalar, any_usable: Bool[Array, ""]
+) -> tuple[Scalar, Bool[Array, ""]]:
+    """The running mean of the gradient's norm, and whether this one is far off.
 
-    def mean(leaf: Array) -> Array:
-        dtype = trees.accumulator(leaf.dtype) if trees.is_inexact(leaf) else jnp.float32
-        total = jnp.sum(shown(leaf, 0).astype(dtype), axis=0)
-        return total / used.astype(dtype)
-
-    report = jax.tree.map(mean, tasks.report)
-    smallest = jnp.min(shown(tasks.report.smallest_curvature, jnp.inf))
-    return Metrics(
-        loss=mean(tasks.loss),
-        aux=jax.tree.map(mean, tasks.aux),
-        report=report._replace(smallest_curvature=smallest),
-        gradient_norm=trees.norm(gradient),
-        masked=jnp.sum(~tasks.usable).astype(jnp.int32),
-        tasks=tasks,
-    )
+    The mean is geometric and takes in the lengths of refused gradients too: should they stay long,
+    they are the usual ones after a few steps.
+    """
+    known = usual > 0
+    exploding = any_usable & ~(length <= jnp.where(known, EXPLODING * usual, jnp.inf))
+    drawn = usual * (length / jnp.where(known, usual, 1)) ** 0.1
+    followed = jnp.where(known, drawn, length)
+    sound = any_usable & (length > 0) & jnp.isfinite(followed)
+    return jnp.where(sound, followed, usual), exploding
 
 
 def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
@@ -213,26 +239,20 @@ def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
     return blank
 
 
-def _checked_chunk(task_chunk: int | None, count: int) -> int:
-    if count == 0:
-        raise ValueError("tasks: found no task, expected at least one.")
-    chunk = count if task_chunk is None else task_chunk
-    if count % chunk:
-        divisors = [d for d in range(1, count + 1) if count % d == 0]
-        raise ValueError(
-            f"task_chunk: {chunk} does not divide the {count} tasks of a step. "
-            f"Choose one of {', '.join(map(str, divisors))}, or None for all at once."
-        )
-    return chunk
+def _checked_key(key: Any) -> Key[Array, ""]:
+    if not (jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) and key.shape == ()):
+        raise ValueError(f"key: expected one jax.random.key(...), found {key!r}.")
+    return key
 
 
 def make_meta_step(
     problem: Problem,
     inner: InnerLoop,
-    estimator: Estimator,
+    estimator: Estimator | Scheduled,
     optimizer: optax.GradientTransformation,
     *,
     task_chunk: int | None = None,
+    mesh: Mesh | None = None,
 ) -> MetaStep:
     r"""Make the function that does one outer iteration.
 
@@ -241,16 +261,23 @@ def make_meta_step(
     Args:
         problem: the bilevel problem.
         inner: the inner loop.
-        estimator: of the hypergradient, from `memmeta.hypergradient`.
+        estimator: of the hypergradient, from `memmeta.hypergradient`; `Scheduled` to let it change
+            with the outer iteration.
         optimizer: the outer optimiser, any optax gradient transformation.
-        task_chunk: tasks worked on at once. Memory grows with it, and not with the number of tasks;
-            it changes nothing but rounding. None means all.
+        task_chunk: tasks worked on at once on each device. Memory grows with it, and not with the
+            number of tasks; it changes nothing but rounding. None means all.
+        mesh: the devices to spread tasks over, along its axis named "tasks" (see
+            `memmeta.devices.task_mesh`); changes nothing but rounding. Devices exchange one sum a
+            meta-step. Parameters are on every device; those of a model that does not fit may be
+            sharded over a further axis of the mesh, given so to `init`, and the compiler then adds
+            what communication the model needs. None means one device.
 
     Returns:
         A `MetaStep`: `init(meta_params) -> state`, `step(state, tasks) -> (state, metrics)`.
 
     Raises:
-        ValueError: `task_chunk` is less than 1.
+        ValueError: `task_chunk` is less than 1, or `mesh` has no axis named "tasks"; or another
+            argument is not what it should be.
 
     Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1.
 
@@ -271,6 +298,17 @@ def make_meta_step(
         >>> state.meta_params.round(2).tolist()
         [2.0, 3.0]
     """
-    if task_chunk is not None and (not isinstance(task_chunk, int) or task_chunk < 1):
-        raise ValueError(f"task_chunk: expected None or at least 1, found {task_chunk!r}.")
-    return MetaStep(problem, inner, estimator, optimizer, task_chunk)
+    _require("problem", problem, isinstance(problem, Problem), "a memmeta.Problem")
+    _require("inner", inner, isinstance(inner, InnerLoop), "a memmeta.InnerLoop")
+    fits = isinstance(estimator, Scheduled) or callable(estimator)
+    _require("estimator", estimator, fits, "one of memmeta.hypergradient")
+    fits = isinstance(optimizer, optax.GradientTransformation)
+    _require("optimizer", optimizer, fits, "an optax gradient transformation")
+    fits = task_chunk is None or (isinstance(task_chunk, int) and task_chunk >= 1)
+    _require("task_chunk", task_chunk, fits, "None or at least 1")
+    return MetaStep(problem, inner, estimator, optimizer, task_chunk, devices.checked(mesh))
+
+
+def _require(name: str, found: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found!r}.")

@@ -10,6 +10,14 @@ from rich.table import Table
 
 console = Console(highlight=False)
 
+TROUBLE = {
+    "masked": "tasks masked (not finite)",
+    "diverging": "inner loops diverged",
+    "indefinite": "tasks at no minimum",
+    "exploding": "exploding meta-gradients left out",
+}
+"""How the counts of `memmeta.metrics.Counts` are said."""
+
 
 def describe(line: dict[str, Any]) -> str:
     """A log point in words.
@@ -23,8 +31,9 @@ def describe(line: dict[str, Any]) -> str:
     if "accuracy" in line:
         parts.append(f"accuracy {100 * line['accuracy']:.1f} %")
     parts.append(f"{line['tasks_per_second']:.0f} tasks/s")
-    if line["masked"]:
-        parts.append(f"{line['masked']} tasks masked (not finite)")
+    for name, meaning in TROUBLE.items():
+        if line.get(name):
+            parts.append(f"{line[name]} {meaning}")
     if "validation_accuracy" in line:
         accuracy, interval = line["validation_accuracy"], line["validation_interval"]
         parts.append(f"validation {100 * accuracy:.1f} ± {100 * interval:.1f} %")

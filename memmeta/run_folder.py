@@ -1,8 +1,11 @@
 """The folder of one run: who may write to it, its configuration, its metrics file.
 
+Of several processes of a run the first one writes; the others read.
+
 config.json          the configuration
 metrics.jsonl        one line a log point (pandas.read_json(..., lines=True))
 checkpoints/         see `memmeta.checkpoints`
+offending_batch.npz  the tasks that stopped a run with --strict (numpy.load reads it)
 learning_curve.png   drawn at the end
 report.json          the final report
 """
@@ -17,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
+import numpy as np
+from jaxtyping import PyTree
 
+from memmeta import processes
 from memmeta.checkpoints import write_whole
 from memmeta.config import Config, UserError
 
@@ -55,17 +62,22 @@ class RunFolder:
         """
         try:
             text = self.config_file.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path}: not the folder of a run (no readable config.json)"
             ) from error
-        return Config.from_json(text, str(self.config_file))
+        try:
+            return Config.from_json(text, str(self.config_file))
+        except RecursionError as error:
+            raise UserError(f"{self.config_file}: not a configuration of a run") from error
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Add one log point, on the disk when this returns.
 
         Figures that are no numbers (an infinite curvature) are written as null.
         """
+        if not processes.is_first():
+            return
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
             file.flush()
@@ -73,19 +85,39 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All log points, without a last line torn by a kill."""
-        lines = []
+        lines: list[dict[str, Any]] = []
         if self.metrics_file.exists():
-            for text in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+            for row in text.splitlines():
                 try:
-                    lines.append(json.loads(text))
-                except ValueError:
+                    line = json.loads(row)
+                except (ValueError, RecursionError):
                     break
+                if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                    break
+                lines.append(line)
         return lines
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop the log points after a step, which a resumed run will make again."""
+        if not processes.is_first():
+            return
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]
         write_whole(self.metrics_file, "".join(kept))
+
+    def save_batch(self, tasks: PyTree) -> Path:
+        """Write a batch of tasks as plain arrays, for a look at what went wrong.
+
+        Returns:
+            The file, offending_batch.npz.
+        """
+        path = self.path / "offending_batch.npz"
+        if processes.is_first():
+            leaves = jax.tree_util.tree_leaves_with_path(tasks)
+            names = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves]
+            arrays = [np.asarray(leaf) for _, leaf in leaves]
+            np.savez(path, **dict(zip(names, arrays, strict=True)))
+        return path
 
 
 def _jsonable(value: Any) -> Any:
@@ -107,6 +139,9 @@ def new_run(path: Path, config: Config) -> Iterator[RunFolder]:
         UserError: another run is in it, or it cannot be written.
     """
     folder = RunFolder(path)
+    if not processes.is_first():
+        yield folder
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         with _held(path):
@@ -137,6 +172,9 @@ def old_run(path: Path) -> Iterator[RunFolder]:
     """
     folder = RunFolder(path)
     folder.config()
+    if not processes.is_first():
+        yield folder
+        return
     try:
         with _held(path):
             yield folder

@@ -2,21 +2,24 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32, Key
 
-from memmeta import checkpoints
+from memmeta import checkpoints, devices
 from memmeta.algorithms import Learner
-from memmeta.config import Config
+from memmeta.config import Config, UserError
 from memmeta.data import Dataset, Episodes, load
 from memmeta.evaluate import Interval, confidence_interval
-from memmeta.meta_step import MetaState, MetaStep, Metrics
+from memmeta.interruption import Interrupted, Stopped, interruptible
+from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
+from memmeta.problem import Batch, MetaParams
 from memmeta.run_folder import RunFolder
 from memmeta.trees import is_inexact
 
@@ -33,7 +36,7 @@ class Trainer:
         config: the options.
         learner: the method.
         meta_step: one outer iteration.
-        splits: the data, by split name.
+        splits: the data, by split name, on every device.
     """
 
     config: Config
@@ -41,10 +44,24 @@ class Trainer:
     meta_step: MetaStep
     splits: dict[str, Dataset]
 
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """A copy on every device; None on one device."""
+        mesh = self.meta_step.mesh
+        return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
     def init(self) -> MetaState:
         """The state before the first meta-step."""
         key = jax.random.key(self.config.seed)
-        return self.meta_step.init(self.learner.init(jax.random.fold_in(key, INIT)), key)
+        theta = self.learner.init(jax.random.fold_in(key, INIT))
+        return self.meta_step.init(theta, key)
+
+    def batch(self, state: MetaState, dataset: Dataset) -> Batch:
+        """The tasks of the meta-step that `state` is about to make, where they will be used."""
+        episodes = self.config.episodes_of(cross_family=self.config.cross_family)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, TRAIN), state.step)
+        draw = devices.draw(self.meta_step.mesh, episodes.sample_batch, self.config.tasks)
+        return draw(dataset, key)
 
     def compile(self) -> jax.stages.Compiled:
         """(state, train split, count) -> (state, mean metrics): `count` meta-steps as one program.
@@ -52,56 +69,52 @@ class Trainer:
         The count is traced, so that one compilation serves the last, shorter block too. The state
         is donated. `.memory_analysis()` tells what it needs.
         """
-        episodes = self.config.episodes_of(cross_family=self.config.cross_family)
 
         def one_step(state: MetaState, dataset: Dataset) -> tuple[MetaState, Metrics]:
-            key = jax.random.fold_in(jax.random.fold_in(state.key, TRAIN), state.step)
-            tasks = episodes.sample_batch(dataset, key, self.config.tasks)
-            state, metrics = self.meta_step.update(state, tasks)
+            state, metrics = self.meta_step.update(state, self.batch(state, dataset))
             return state, metrics._replace(tasks=None)
 
-        @partial(jax.jit, donate_argnums=0)
+        @partial(jax.jit, donate_argnums=0, out_shardings=self.everywhere)
         def block(
             state: MetaState, dataset: Dataset, count: Int32[Array, ""]
         ) -> tuple[MetaState, Metrics]:
             def body(_: Array, carry: tuple[MetaState, Metrics]) -> tuple[MetaState, Metrics]:
                 state, total = carry
                 state, found = one_step(state, dataset)
-                smallest = jnp.minimum(
-                    total.report.smallest_curvature, found.report.smallest_curvature
-                )
-                total = jax.tree.map(jnp.add, total, found)
-                return state, total._replace(
-                    report=total.report._replace(smallest_curvature=smallest)
-                )
+                return state, _both(total, found, jnp.add)
 
             shapes = jax.eval_shape(one_step, state, dataset)[1]
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             none_met = jnp.full_like(zeros.report.smallest_curvature, jnp.inf)
             start = zeros._replace(report=zeros.report._replace(smallest_curvature=none_met))
             state, total = jax.lax.fori_loop(0, count, body, (state, start))
-            means = jax.tree.map(
-                lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total
-            )
+            means = jax.tree.map(lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total)
             smallest = total.report.smallest_curvature
-            return state, means._replace(
-                report=means.report._replace(smallest_curvature=smallest)
-            )
+            return state, means._replace(report=means.report._replace(smallest_curvature=smallest))
 
-        state = jax.eval_shape(self.init)
-        return block.lower(state, self.splits["train"], jnp.int32(1)).compile()
+        return block.lower(self.init(), self.splits["train"], jnp.int32(1)).compile()
 
+    @cached_property
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
         """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
         learner = self.config.learner(self.splits["test"], test=True)
+        mesh = self.meta_step.mesh
 
-        @partial(jax.jit, static_argnums=(2, 3))
+        @partial(jax.jit, static_argnums=(2, 3), out_shardings=self.everywhere)
         def accuracies(
-            meta_params: Any, dataset: Dataset, episodes: Episodes, count: int, key: Array
-        ) -> Array:
-            tasks = episodes.sample_batch(dataset, key, count)
-            found = learner.evaluate(meta_params, tasks, task_chunk=10)
-            return found.aux["accuracy"]
+            theta: MetaParams, dataset: Dataset, episodes: Episodes, count: int, key: Key[Array, ""]
+        ) -> Float[Array, " tasks"]:
+            def judged(
+                theta: MetaParams,
+                dataset: Dataset,
+                key: Key[Array, ""],
+                numbers: Int32[Array, " share"],
+            ) -> Float[Array, " share"]:
+                tasks = episodes.sample_batch(dataset, key, numbers.size, numbers[0])
+                return learner.evaluate(theta, tasks, task_chunk=10).aux["accuracy"]
+
+            numbers = jnp.arange(count, dtype=jnp.int32)
+            return devices.spread(mesh, judged, split=1, out=True)(theta, dataset, key, numbers)
 
         def evaluate(
             state: MetaState, split: str, episodes: Episodes, count: int, tag: int
@@ -110,23 +123,33 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
             episodes.check(dataset)
-            found = accuracies(state.meta_params, dataset, episodes, count, key)
-            return confidence_interval(np.asarray(found))
+            even = -(-count // devices.shards(mesh)) * devices.shards(mesh)
+            found = accuracies(state.meta_params, dataset, episodes, even, key)
+            return confidence_interval(np.asarray(found)[:count])
 
         return evaluate
 
 
-def make_trainer(config: Config) -> Trainer:
+def _both(total: Metrics, found: Metrics, combine: Callable) -> Metrics:
+    """Two metrics' sum; of the smallest curvatures the smaller."""
+    pair = (total.report.smallest_curvature, found.report.smallest_curvature)
+    both = jax.tree.map(combine, total, found)
+    return both._replace(report=both.report._replace(smallest_curvature=jnp.minimum(*pair)))
+
+
+def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """Load the data and put a run's pieces together.
 
     Args:
         config: the options.
+        mesh: the devices to spread tasks over, see `memmeta.make_meta_step`.
 
     Returns:
         The trainer.
 
     Raises:
         DataError: the data are missing, altered or too few for the tasks asked for.
+        ValueError: the tasks cannot be shared out evenly over the devices.
     """
     names = ("train", "validation", "test")
     splits = {name: load(config.data, name, config.data_dir) for name in names}
@@ -134,9 +157,17 @@ def make_trainer(config: Config) -> Trainer:
     for dataset in splits.values():
         episodes.check(dataset)
     learner = config.learner(splits["train"])
-    chunk = config.task_chunk or default_chunk(config.tasks)
-    meta_step = learner.make_meta_step(config.optimizer(), task_chunk=chunk)
-    return Trainer(config, learner, meta_step, splits)
+    chunk = config.task_chunk or default_chunk(config.tasks // devices.shards(mesh))
+    meta_step = make_meta_step(
+        learner.problem,
+        learner.inner,
+        learner.estimator,
+        config.optimizer(),
+        task_chunk=chunk,
+        mesh=mesh,
+    )
+    placed = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}
+    return Trainer(config, learner, meta_step, placed)
 
 
 def default_chunk(tasks: int) -> int:
@@ -145,12 +176,52 @@ def default_chunk(tasks: int) -> int:
     return max(chunk for chunk in range(1, wanted + 1) if tasks % chunk == 0)
 
 
+def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
+    """Say before a run starts that it will not fit, and what would.
+
+    Args:
+        trainer: of the run.
+        block: from `trainer.compile()`.
+
+    Raises:
+        UserError: the device has less memory than the compiled program needs.
+    """
+    needed, free = devices.needed_bytes(block), devices.free_bytes()
+    if jax.default_backend() == "cpu" and needed is not None:
+        needed *= jax.local_device_count() if trainer.meta_step.mesh else 1
+    if needed is None or free is None or needed <= free:
+        return
+    step = trainer.meta_step
+    chunk = step.task_chunk or 1
+    found = f"a meta-step needs {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB"
+    smallest = needed
+    if chunk > 1:
+        one = replace(trainer, meta_step=replace(step, task_chunk=1)).compile()
+        smallest = round((devices.needed_bytes(one) or 0) * needed / devices.needed_bytes(block))
+    if smallest > free:
+        raise UserError(
+            f"task_chunk: {found}, and with --task-chunk 1 it would still need "
+            f"{smallest / 1e9:.3g} GB; use a smaller --width, --shots or --queries, or more devices"
+        )
+    each = (needed - smallest) / (chunk - 1)  # memory is a straight line in the chunk
+    fitting = max(
+        size
+        for size in range(1, chunk)
+        if chunk % size == 0 and (size == 1 or smallest + each * (size - 1) <= free)
+    )
+    raise UserError(
+        f"task_chunk: {found}; --task-chunk {fitting} would need about "
+        f"{(smallest + each * (fitting - 1)) / 1e9:.3g} GB and changes no result but by rounding"
+    )
+
+
 def train(
     trainer: Trainer,
     block: jax.stages.Compiled,
     folder: RunFolder,
     resume: bool,
     show: Callable[[dict[str, Any]], None] = lambda line: None,
+    strict: bool = False,
 ) -> MetaState:
     """Run to the last meta-step, with a log point and maybe a checkpoint after every block.
 
@@ -160,41 +231,75 @@ def train(
         folder: where metrics and checkpoints go.
         resume: go on from the newest checkpoint instead of starting anew.
         show: called with every log point.
+        strict: stop at the first trouble, see `Counts`.
 
     Returns:
         The state at the end.
 
     Raises:
-        CheckpointError: there is nothing to resume from.
+        CheckpointError: no checkpoint can be used.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+        Stopped: with `strict`, something was not as it should be.
         OSError: the folder cannot be written; what was written stays.
     """
     config, state = trainer.config, trainer.init()
-    evaluate = trainer.evaluator()
     validation = config.episodes_of(cross_family=config.cross_family)
     if resume:
-        state = checkpoints.restore(folder.checkpoints, state)
+        if checkpoints.whole(folder.checkpoints):  # else it ended before the first one
+            state = checkpoints.restore(folder.checkpoints, state)
         folder.keep_metrics_until(int(state.step))
-    while (step := int(state.step)) < config.meta_steps:
-        count = min(config.log_every - step % config.log_every, config.meta_steps - step)
-        began = time.perf_counter()
-        state, metrics = block(state, trainer.splits["train"], jnp.int32(count))
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - began
-        step += count
-        line = log_point(step, metrics, count * config.tasks / seconds)
-        last = step == config.meta_steps
-        if last or step % config.checkpoint_every == 0:
-            found = evaluate(state, "validation", validation, VALIDATION_EPISODES, VALIDATION)
-            line |= {"validation_accuracy": found.mean, "validation_interval": found.half_width}
-        folder.append_metrics(line)
-        show(line)
-        if last or step % config.checkpoint_every == 0:
-            checkpoints.save(folder.checkpoints, step, state)
+    with interruptible() as interrupted:
+        while (step := int(state.step)) < config.meta_steps:
+            count = min(config.log_every - step % config.log_every, config.meta_steps - step)
+            before = jax.tree.map(jnp.copy, state) if strict else None
+            began = time.perf_counter()
+            state, metrics = block(state, trainer.splits["train"], jnp.int32(count))
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - began
+            if strict and sum(map(int, metrics.counts)):
+                raise _stop(trainer, block, folder, before)
+            step += count
+            line = log_point(step, metrics, count * config.tasks / seconds)
+            due = step == config.meta_steps or step % config.checkpoint_every == 0
+            if due:
+                found = trainer.evaluator(
+                    state, "validation", validation, VALIDATION_EPISODES, VALIDATION
+                )
+                line |= {"validation_accuracy": found.mean, "validation_interval": found.half_width}
+            folder.append_metrics(line)
+            show(line)
+            stopping = interrupted()
+            if due or stopping:
+                checkpoints.save(folder.checkpoints, step, state)
+            if stopping and step < config.meta_steps:
+                raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
     return state
 
 
+def _stop(
+    trainer: Trainer, block: jax.stages.Compiled, folder: RunFolder, state: MetaState
+) -> Stopped:
+    """Go through a block again step by step, and save what came before the first trouble."""
+    dataset = trainer.splits["train"]
+    while True:
+        before = jax.tree.map(jnp.copy, state)
+        state, metrics = block(state, dataset, jnp.int32(1))
+        if sum(map(int, metrics.counts)):
+            break
+    step = int(before.step)
+    checkpoints.save(folder.checkpoints, step, before)
+    tasks = jax.jit(trainer.batch, out_shardings=trainer.everywhere)(before, dataset)
+    file = folder.save_batch(tasks)
+    counts = [f"{name} {int(n)}" for name, n in metrics.counts._asdict().items() if int(n)]
+    return Stopped(
+        f"--strict: trouble in meta-step {step + 1}: {', '.join(counts)} (of "
+        f"{trainer.config.tasks} tasks); the state before it is checkpoint {step}, its tasks are "
+        f"in {file}"
+    )
+
+
 def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str, Any]:
-    """The metrics of a block as one flat line of plain numbers."""
+    """The metrics of a block as one flat line of plain numbers; counts are over the whole block."""
     report = metrics.report._asdict()
     figures = {
         "loss": metrics.loss,
@@ -204,7 +309,8 @@ def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str,
     }
     line: dict[str, Any] = {"step": step}
     line |= {name: float(value) for name, value in figures.items()}
-    return line | {"masked": int(metrics.masked), "tasks_per_second": tasks_per_second}
+    line |= {name: int(count) for name, count in metrics.counts._asdict().items()}
+    return line | {"tasks_per_second": tasks_per_second}
 
 
 def final_report(
@@ -221,7 +327,7 @@ def final_report(
     Returns:
         A JSON-ready dict.
     """
-    config, evaluate = trainer.config, trainer.evaluator()
+    config, evaluate = trainer.config, trainer.evaluator
     any_style = config.episodes_of(cross_family=False)
     accuracy = {"any styles": evaluate(state, "test", any_style, config.episodes, TEST)}
     if len(trainer.splits["test"].family_names) > 1:
@@ -230,7 +336,8 @@ def final_report(
         accuracy["different font families"] = evaluate(
             state, "test", other_family, config.episodes, TEST
         )
-    speeds = [line["tasks_per_second"] for line in folder.metrics()[1:]]
+    lines = folder.metrics()
+    speeds = [line["tasks_per_second"] for line in lines[1:]]
     memory = block.memory_analysis()
     return {
         "method": config.method,
@@ -246,4 +353,5 @@ def final_report(
         "meta_steps_per_second": float(np.median(speeds) / config.tasks) if speeds else None,
         "meta_step_temporary_bytes": int(memory.temp_size_in_bytes) if memory else None,
         "backend": jax.default_backend(),
+        "devices": devices.shards(trainer.meta_step.mesh),
     }

@@ -42,7 +42,7 @@ def test_gradient_is_the_closed_form(x64, name, chunk):
     gradient, metrics = step.gradient(step.init(theta), tasks)
     exact = quadratic_hypergradient(theta, tasks)
     np.testing.assert_allclose(gradient, exact, atol=1e-10)
-    assert metrics.masked == 0
+    assert metrics.counts.masked == 0
     state, _ = step(step.init(theta), tasks)
     np.testing.assert_allclose(state.meta_params, theta - 0.1 * exact, atol=1e-10)
 
@@ -105,7 +105,7 @@ def test_a_task_that_is_not_finite_is_masked_and_counted(x64):
         )
         gradient, metrics = step.gradient(step.init(theta), spoilt)
         np.testing.assert_allclose(gradient, exact, atol=1e-10)
-        assert int(metrics.masked) == 1
+        assert int(metrics.counts.masked) == 1
         assert metrics.tasks.usable.tolist() == [True, True, False, True]
         assert np.isfinite(metrics.loss)
 
@@ -120,7 +120,7 @@ def test_a_batch_without_a_finite_task_changes_nothing():
     state, metrics = step(step.init(theta), tasks)
     before = jax.tree.map(np.asarray, (state.meta_params, state.optimizer))
     state, metrics = step(state, spoilt)
-    assert int(metrics.masked) == 2
+    assert int(metrics.counts.masked) == 2
     jax.tree.map(np.testing.assert_array_equal, before, (state.meta_params, state.optimizer))
     assert int(state.step) == 2
 

@@ -89,7 +89,7 @@ def test_a_broken_task_keeps_its_memory(x64):
     before = np.array(state.memory.params)
     broken = tasks._replace(target=tasks.target.at[2].set(jnp.nan))
     state, metrics = step(state, broken, jnp.arange(5))
-    assert metrics.masked == 1
+    assert metrics.counts.masked == 1
     np.testing.assert_array_equal(state.memory.params[2], before[2])
     assert np.all(state.memory.params[3] != before[3])
 

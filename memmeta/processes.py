@@ -1,0 +1,138 @@
+"""Several processes of one run, on JAX's own distributed runtime: joining, agreeing, launching."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+COUNTED_BY = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+LAST_WORDS = 20.0
+"""Seconds the other processes get to end by themselves once one has ended."""
+
+
+def launched() -> bool:
+    """Whether a launcher, or the variables of `join`, made this process one of several."""
+    counts = [os.environ.get(name, "1") for name in COUNTED_BY]
+    return any(count.isdecimal() and int(count) > 1 for count in counts)
+
+
+def join() -> None:
+    """Meet the run's other processes; before anything else asks JAX for a device.
+
+    Where JAX does not know the launcher, the variables `JAX_COORDINATOR_ADDRESS` (host:port of
+    process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say what it needs.
+
+    Raises:
+        ValueError: one of the three variables is missing or is no number.
+    """
+    if "JAX_NUM_PROCESSES" not in os.environ:
+        jax.distributed.initialize()
+        return
+    missing = [name for name in JOINED_BY if name not in os.environ]
+    if missing:
+        raise ValueError(f"{missing[0]}: not set, expected all of {', '.join(JOINED_BY)}")
+    address, count, number = (os.environ[name] for name in JOINED_BY)
+    if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+        raise ValueError(
+            f"JAX_PROCESS_ID: expected a number below JAX_NUM_PROCESSES, found {number!r} of "
+            f"{count!r}"
+        )
+    jax.distributed.initialize(address, int(count), int(number), initialization_timeout=60)
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes metrics, manifests and to the terminal."""
+    return jax.process_index() == 0
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether a flag is set in any process; all must ask."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def told_by_first(value: int) -> int:
+    """The number process 0 has; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `memmeta` in several processes of this machine, for a try: on the CPU, over loopback.
+
+    A signal is passed on to all. When one process dies the others cannot go on and are ended.
+
+    Args:
+        count: how many.
+        arguments: of each.
+
+    Returns:
+        The exit code: that of process 0, or 1 where another one failed first.
+    """
+    environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_NUM_PROCESSES": str(count)}
+    environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{_free_port()}"
+    command = [sys.executable, "-m", "memmeta", *arguments]
+    with tempfile.TemporaryFile() as errors:
+        children = [
+            subprocess.Popen(
+                command,
+                env=environment | {"JAX_PROCESS_ID": str(number)},
+                stdout=None if number == 0 else subprocess.DEVNULL,
+                stderr=None if number == 0 else errors,
+                start_new_session=True,  # Ctrl-C comes through the launcher, once
+            )
+            for number in range(count)
+        ]
+        previous = {
+            number: signal.signal(number, lambda n, _: [child.send_signal(n) for child in children])
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            return _wait(children)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _wait(children: list[subprocess.Popen[Any]]) -> int:
+    while not (ended := [child for child in children if child.poll() is not None]):
+        time.sleep(0.05)
+    first, deadline = ended[0], time.monotonic() + LAST_WORDS
+    while any(child.poll() is None for child in children):
+        if first.returncode != 0 and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if first.returncode < 0 or (children[0].returncode == 0 and first.returncode != 0):
+        number = children.index(first)
+        print(
+            f"memmeta: process {number} of {len(children)} died (exit code {first.returncode}) and "
+            "the others were ended; go on with --resume",
+            file=sys.stderr,
+        )
+        return 1
+    return children[0].returncode if children[0].returncode >= 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

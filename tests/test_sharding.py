@@ -1,0 +1,173 @@
+"""Tasks spread over devices: the same numbers, the same episodes, one message a meta-step."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from problems import quadratic_problem, quadratic_tasks
+
+import memmeta as mm
+from memmeta import devices
+from memmeta.config import Config
+from memmeta.data import Episodes, load
+from memmeta.hypergradient import ESTIMATORS
+from memmeta.train import make_trainer
+
+QUICK = ("implicit", "unrolled", "forward_mode-random", "first_order")
+ANY_PROBLEM = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, entry in ESTIMATORS.items()
+    if not entry.heads
+]
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
+    r"(-start)?\("
+)
+
+
+def mesh_of(count):
+    return devices.task_mesh(jax.devices()[:count])
+
+
+def make_step(name="implicit", mesh=None, chunk=None, optimizer=None):
+    return mm.make_meta_step(
+        quadratic_problem(),
+        mm.InnerLoop(steps=20),
+        ESTIMATORS[name].make(),
+        optimizer or optax.sgd(0.1),
+        task_chunk=chunk,
+        mesh=mesh,
+    )
+
+
+def assert_close(first, second, tolerance=1e-10):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), first, second
+    )
+
+
+@pytest.mark.parametrize("name", ANY_PROBLEM)
+def test_eight_devices_give_what_one_gives(x64, name):
+    tasks = quadratic_tasks(jax.random.key(1), tasks=8)
+    theta = jnp.linspace(-1.0, 1.0, 4)
+    found = []
+    for mesh in (None, mesh_of(8)):
+        step = make_step(name, mesh)
+        found.append(step(step.init(theta, jax.random.key(4)), tasks))
+    (alone, alone_metrics), (spread, metrics) = found
+    assert_close(alone.meta_params, spread.meta_params)
+    assert_close(alone_metrics, metrics)
+    assert metrics.tasks.loss.sharding.spec == PartitionSpec("tasks")
+
+
+@pytest.mark.parametrize(("count", "chunk"), [(2, None), (2, 2), (4, 1)])
+def test_chunks_and_masks_on_several_devices(x64, count, chunk):
+    tasks = quadratic_tasks(jax.random.key(1), tasks=8)
+    tasks = tasks._replace(target=tasks.target.at[5].set(jnp.nan))
+    theta = jnp.linspace(-1.0, 1.0, 4)
+    alone, several = make_step(), make_step(mesh=mesh_of(count), chunk=chunk)
+    exact, metrics = alone.gradient(alone.init(theta), tasks)
+    gradient, found = several.gradient(several.init(theta), tasks)
+    assert_close(exact, gradient)
+    assert int(found.counts.masked) == 1
+    assert_close(metrics.report.smallest_curvature, found.report.smallest_curvature)
+
+
+@pytest.mark.parametrize("name", ["implicit", "unrolled"])
+@pytest.mark.parametrize("x64_on", [False, True])
+def test_one_message_a_meta_step(name, x64_on):
+    with jax.enable_x64(x64_on):
+        step = make_step(name, mesh_of(8), chunk=1, optimizer=optax.adam(0.1))
+        tasks = devices.place(
+            step.mesh, quadratic_tasks(jax.random.key(1), tasks=16), PartitionSpec("tasks")
+        )
+        lowered = step.compiled.lower(step.init(jnp.ones(4)), tasks)
+        found = COLLECTIVE.findall(lowered.compile().as_text())
+    assert found == [("all-reduce", "")], found
+
+
+def test_a_step_on_a_mesh_compiles_once_and_keeps_its_layout():
+    traced = []
+    adam = optax.adam(0.1)
+    counting = adam._replace(update=lambda *a, **k: traced.append(1) or adam.update(*a, **k))
+    step = make_step(mesh=mesh_of(4), optimizer=counting)
+    state = step.init(jnp.ones(4))
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    for number in range(3):
+        state, _ = step(state, quadratic_tasks(jax.random.key(number), tasks=8))
+    same = jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, layout)
+    assert all(jax.tree.leaves(same))
+    assert len(traced) == 1
+
+
+def test_parameters_sharded_over_a_second_axis():
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("tasks", "model"))
+    tasks = quadratic_tasks(jax.random.key(1), tasks=8)
+    theta = jnp.linspace(-1.0, 1.0, 4)
+    step = make_step(mesh=mesh, optimizer=optax.adam(0.1))
+    sharding = NamedSharding(mesh, PartitionSpec("model"))
+    state = step.init(jax.device_put(theta, sharding))
+    assert state.optimizer[0].mu.sharding.spec == PartitionSpec("model")
+    alone = make_step(optimizer=optax.adam(0.1))
+    expected = alone.init(theta)
+    for _ in range(2):
+        state, _ = step(state, tasks)
+        expected, _ = alone(expected, tasks)
+    assert {shard.data.shape for shard in state.meta_params.addressable_shards} == {(2,)}
+    assert_close(state.meta_params, expected.meta_params, 1e-5)
+
+
+def test_the_same_episodes_on_any_number_of_devices():
+    dataset, episodes = load("glyphs", "test"), Episodes(3, 1, 2)
+    key = jax.random.key(3)
+    expected = episodes.sample_batch(dataset, key, 8)
+    for count in (2, 8):
+        mesh = mesh_of(count)
+        draw = jax.jit(devices.draw(mesh, episodes.sample_batch, 8))
+        found = draw(devices.place(mesh, dataset), key)
+        jax.tree.map(np.testing.assert_array_equal, expected, found)
+        assert found.query_inputs.sharding.spec == PartitionSpec("tasks")
+
+
+def test_a_run_on_two_devices_is_the_run_on_one():
+    config = Config(ways=3, queries=2, width=4, tasks=2, inner_steps=5, meta_steps=4, episodes=3)
+    found = []
+    for mesh in (None, mesh_of(2)):
+        trainer = make_trainer(config, mesh)
+        block = trainer.compile()
+        if mesh is not None:
+            assert COLLECTIVE.findall(block.as_text()) == [("all-reduce", "")]
+        state, metrics = block(trainer.init(), trainer.splits["train"], jnp.int32(2))
+        accuracy = trainer.evaluator(state, "test", config.episodes_of(cross_family=False), 3, 3)
+        found.append((state.meta_params, metrics.loss, accuracy))
+    assert_close(found[0][:2], found[1][:2], 1e-3)
+    assert found[0][2].mean == pytest.approx(found[1][2].mean, abs=0.2)
+
+
+def test_an_explicit_mesh_is_taken_as_it_comes():
+    step = make_step(mesh=jax.make_mesh((2,), ("tasks",), devices=jax.devices()[:2]))
+    _, metrics = step(step.init(jnp.ones(4)), quadratic_tasks(jax.random.key(0), tasks=2))
+    assert np.isfinite(metrics.loss)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chunk", "tasks", "message"),
+    [
+        (Mesh(np.array(jax.devices()), ("data",)), None, 8, r"mesh: .*found \('data',\)"),
+        (mesh_of(8), None, 6, "tasks: found 6, expected a multiple of the 8 devices"),
+        (mesh_of(2), 3, 8, "task_chunk: 3 does not divide the 4 tasks"),
+    ],
+)
+def test_meshes_and_tasks_that_do_not_fit(mesh, chunk, tasks, message):
+    batch = quadratic_tasks(jax.random.key(0), tasks=tasks)
+
+    def run():
+        step = make_step(mesh=mesh, chunk=chunk)
+        return step(step.init(jnp.ones(4)), batch)
+
+    with pytest.raises(ValueError, match=message):
+        run()
