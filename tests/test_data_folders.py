@@ -409,7 +409,7 @@ def test_examples_of_the_wrong_shape_are_refused(tmp_path):
     seed=st.integers(0, 2**31),
     shares=st.tuples(st.integers(0, 50), st.integers(0, 50)),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_drawn_split_has_every_class_once_and_no_split_empty(names, seed, shares):
     classes = [ClassItems(name, "", ()) for name in names]
     found = drawn_split(classes, seed, *shares)
