@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> bool:
     options.out.mkdir(parents=True, exist_ok=True)
 
     def one(name: str) -> Experiment:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             keys = jax.random.split(jax.random.key(0), 2 if options.quick else 8)
             began = time.perf_counter()
             experiment = EXPERIMENTS[name](keys, options.quick)

@@ -10,10 +10,13 @@ meta-training does to them.
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
@@ -31,11 +34,18 @@ SCALES = (0.5, 1.0, 2.0, 4.0)
 TASKS = 4
 
 
-def glyph_tasks(key: Array, count: int) -> Any:
-    """5-way 1-shot tasks of the training scripts."""
+@cache
+def _sampler() -> Callable[[Array, int], Any]:
     dataset = mm.data.load("glyphs", "train")
     assert isinstance(dataset, Dataset)
-    return mm.data.Episodes(ways=5, shots=1, queries=5).sample_batch(dataset, key, count)
+    episodes = mm.data.Episodes(ways=5, shots=1, queries=5)
+    sample = jax.jit(episodes.sample_batch, static_argnums=2)
+    return lambda key, count: sample(dataset, key, count)
+
+
+def glyph_tasks(key: Array, count: int) -> Any:
+    """5-way 1-shot tasks of the training scripts."""
+    return _sampler()(key, count)
 
 
 def system(network: Any, theta: Any, tasks: Any, ridge: float) -> dict[str, float]:
@@ -79,7 +89,7 @@ def training(network: Any, ridge: float, outer: str, steps: int) -> dict[str, An
     }
 
 
-def rates(network: Any, theta: Any, tasks: Any, scale: float) -> dict[str, float]:
+def rates(network: Any, theta: Any, tasks: Any) -> list[dict[str, float]]:
     """‖∇_φ g‖ after 50 inner steps on features multiplied by a scale, for two inner loops."""
     problem = head_problem(network, 0.01, learn_start=False)
     loops = {
@@ -87,7 +97,7 @@ def rates(network: Any, theta: Any, tasks: Any, scale: float) -> dict[str, float
         "default": mm.InnerLoop(steps=50),
     }
 
-    def one(task: Any) -> dict[str, Array]:
+    def one(task: Any, scale: Array) -> dict[str, Array]:
         context = problem.embed(theta, task)
         context = context._replace(support_features=scale * context.support_features)
         start = problem.init(theta)
@@ -97,15 +107,19 @@ def rates(network: Any, theta: Any, tasks: Any, scale: float) -> dict[str, float
         assert problem.smoothness is not None
         return {"2/L": 2 / problem.smoothness(context), **lengths}
 
-    found = jax.jit(jax.vmap(one))(tasks)
-    return {"features ×": scale, **{n: float(np.median(x)) for n, x in found.items()}}
+    found = jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))(tasks, jnp.array(SCALES))
+    medians = {name: np.median(x, axis=1) for name, x in found.items()}
+    return [
+        {"features ×": scale, **{name: float(x[i]) for name, x in medians.items()}}
+        for i, scale in enumerate(SCALES)
+    ]
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """A table, one line a row."""
     names = list(rows[0])
     width = [max(len(name), 9) for name in names]
-    print(title)
+    print(title, flush=True)
     print("  ".join(f"{name:>{w}}" for name, w in zip(names, width, strict=True)))
     for row in rows:
         cells = (v if isinstance(v, str) else f"{v:.3g}" for v in row.values())
@@ -115,24 +129,24 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Print the three tables and write ridge.json."""
     parser = argparse.ArgumentParser(description="Ridge 0 against ridge > 0 on glyph features.")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/ridge"))
     options = parser.parse_args(arguments)
     network = mm.models.conv4(ways=5, width=options.width)
     theta = {"body": network.init(jax.random.key(0))["body"]}
     tasks = glyph_tasks(jax.random.key(1), 2 * TASKS)
-    tables = {
-        "The head's linear system": [system(network, theta, tasks, r) for r in RIDGES],
-        "Inner gradient after 50 steps": [rates(network, theta, tasks, s) for s in SCALES],
-        f"Meta-training, {options.steps} steps": [
-            training(network, ridge, outer, options.steps)
-            for outer in ("SGD", "Adam")
-            for ridge in (0.0, 0.1)
-        ],
-    }
-    for title, rows in tables.items():
+    tables = {}
+
+    def add(title: str, rows: list[dict[str, Any]]) -> None:
+        tables[title] = rows
         show(title, rows)
+
+    add("The head's linear system", [system(network, theta, tasks, r) for r in RIDGES])
+    add("Inner gradient after 50 steps", rates(network, theta, tasks))
+    runs = [(outer, ridge) for outer in ("SGD", "Adam") for ridge in (0.0, 0.1)]
+    trained = [training(network, ridge, outer, options.steps) for outer, ridge in runs]
+    add(f"Meta-training, {options.steps} steps", trained)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ridge.json").write_text(json.dumps(tables, indent=1))
 

@@ -1,0 +1,24 @@
+"""The convergence experiments run, and what they show in a minute's share holds."""
+
+import json
+
+import pytest
+
+from benchmarks import convergence, fits
+
+
+def test_quick_run_of_two_experiments(tmp_path, capsys):
+    arguments = ["--quick", "--only", "deterministic", "memory", "--out", str(tmp_path)]
+    assert convergence.main(arguments), capsys.readouterr().out
+    found = json.loads((tmp_path / "convergence.json").read_text())
+    assert set(found) == {"deterministic", "memory"}
+    assert (tmp_path / "convergence.png").stat().st_size > 10_000
+    assert "holds" in capsys.readouterr().out
+
+
+def test_fits_find_known_exponents():
+    x = fits.np.arange(1.0, 50.0)
+    power = fits.np.stack([3 * x**-1.5, 5 * x**-1.5])
+    assert fits.slope(x, power).value == pytest.approx(-1.5)
+    decay = fits.np.stack([fits.np.exp(-0.3 * x)] * 2)
+    assert fits.geometric(x, decay, 1e-3, 0.5) == pytest.approx([0.3, 0.3])
