@@ -8,6 +8,7 @@ from memmeta.hypergradient.first_order import first_order, reptile
 from memmeta.hypergradient.forward_mode import forward_mode
 from memmeta.hypergradient.hessian_free import hessian_free
 from memmeta.hypergradient.implicit import implicit
+from memmeta.hypergradient.implicit_solution import implicit_solution
 from memmeta.hypergradient.mixed_mode import mixed_mode
 from memmeta.hypergradient.report import Report
 from memmeta.hypergradient.sample_space import sample_space
@@ -29,6 +30,7 @@ __all__ = [
     "forward_mode",
     "hessian_free",
     "implicit",
+    "implicit_solution",
     "mixed_mode",
     "per_task",
     "reptile",
