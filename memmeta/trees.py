@@ -160,14 +160,36 @@ def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
         return not isinstance(atom, Literal) and atom in tainted
 
     for equation in jaxpr.eqns:
-        inputs = [is_tainted(atom) for atom in equation.invars]
-        inner = equation.params.get("jaxpr")
-        if equation.primitive.name in ("pjit", "jit") and isinstance(inner, ClosedJaxpr):
-            outputs = _reached(inner, inputs)
-        else:
-            outputs = [any(inputs)] * len(equation.outvars)
+        outputs = _through(equation, [is_tainted(atom) for atom in equation.invars])
         tainted.update(v for v, mark in zip(equation.outvars, outputs, strict=True) if mark)
     return [is_tainted(atom) for atom in jaxpr.outvars]
+
+
+def _through(equation: Any, inputs: list[bool]) -> list[bool]:
+    """From the marks of an equation's inputs to those of its outputs."""
+    name, params = equation.primitive.name, equation.params
+    if name in ("pjit", "jit") and isinstance(params["jaxpr"], ClosedJaxpr):
+        return _reached(params["jaxpr"], inputs)
+    if name == "scan":
+        return _looped(params["jaxpr"], inputs, params["num_consts"], params["num_carry"])
+    if name == "while":
+        skipped, constants = params["cond_nconsts"], params["body_nconsts"]
+        count = len(inputs) - skipped - constants
+        outputs = _looped(params["body_jaxpr"], inputs[skipped:], constants, count)
+        ended_by = _reached(params["cond_jaxpr"], inputs[:skipped] + outputs)
+        return [mark or any(ended_by) for mark in outputs]
+    return [any(inputs)] * len(equation.outvars)
+
+
+def _looped(body: ClosedJaxpr, inputs: list[bool], constants: int, carried: int) -> list[bool]:
+    """The marks of a loop's outputs: those of its carry grow until they stay as they are."""
+    carry = inputs[constants : constants + carried]
+    while True:
+        outputs = _reached(body, inputs[:constants] + carry + inputs[constants + carried :])
+        following = [a or b for a, b in zip(carry, outputs[:carried], strict=True)]
+        if following == carry:
+            return carry + outputs[carried:]
+        carry = following
 
 
 def leading_size(tree: PyTree, name: str) -> int:

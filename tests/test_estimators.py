@@ -153,40 +153,31 @@ def example_for(name):
     return network_example(4) if name == "reptile" else quadratic_example(4)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_chunks_change_nothing(name, x64):
-    example, estimator = example_for(name), ESTIMATORS[name].make()
-
-    @quick
-    def two_ways(theta, tasks):
-        def whole(tasks):
-            return run(estimator, example._replace(theta=theta, tasks=tasks), STEPS).gradient
-
-        halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), tasks)
-        parts = jax.lax.map(whole, halves)
-        return whole(tasks), jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-
-    plain, chunked = two_ways(example.theta, example.tasks)
-    assert relative_error(chunked, plain) < 1e-12
-
-
 BY_THE_SEAM = ("implicit", "first_order", "forward_mode", "finite_difference", "sample_space-steps")
 """One estimator for each way of treating a chunk of tasks."""
 
 
-@pytest.mark.parametrize("name", BY_THE_SEAM)
-def test_vmap_changes_nothing(name, x64):
+@pytest.mark.parametrize("name", [*BY_THE_SEAM, "forward_mode-random", "evolution_strategies"])
+def test_chunks_and_vmap_change_nothing(name, x64):
     example, estimator = example_for(name), ESTIMATORS[name].make()
-
-    def gradient(theta):
-        return run(estimator, example._replace(theta=theta), STEPS).gradient
-
     thetas = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), example.theta)
-    batched = quick(jax.vmap(gradient))(thetas)
-    second = quick(gradient)(jax.tree.map(lambda x: x[1], thetas))
+
+    @quick
+    def three_ways(thetas, tasks):
+        def whole(theta, tasks):
+            return run(estimator, example._replace(theta=theta, tasks=tasks), STEPS).gradient
+
+        theta = jax.tree.map(lambda x: x[0], thetas)
+        halves = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), tasks)
+        parts = jax.lax.map(lambda half: whole(theta, half), halves)
+        batched = jax.vmap(whole, (0, None))(thetas, tasks)
+        summed = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
+        return whole(theta, tasks), summed, jax.tree.map(lambda x: x[0], batched)
+
+    plain, chunked, batched = three_ways(thetas, example.tasks)
+    assert relative_error(chunked, plain) < 1e-12
     # differences of nearly equal numbers amplify rounding by 1/scale
-    allowed = 1e-8 if ESTIMATORS[name].error else 1e-12
-    assert relative_error(jax.tree.map(lambda x: x[1], batched), second) < allowed
+    assert relative_error(batched, plain) < (1e-8 if ESTIMATORS[name].error else 1e-12)
 
 
 def test_jit_changes_nothing(x64):
