@@ -169,8 +169,8 @@ def estimate(
     r"""The same formula with constants measured at φ̂: an estimate, not a bound.
 
     μ is the smallest Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the
-    smallest eigenvalue), C_cφ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g, and the Lipschitz terms are
-    derivatives along d = ∇_φ g / ‖∇_φ g‖ only:
+    smallest eigenvalue), C_cφ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g, and the Lipschitz terms
+    are derivatives along d = ∇_φ g / ‖∇_φ g‖ only:
 
     $$\big\| D_d [\partial_c f - \partial^2_{c\phi} g \, \hat v] \big\| \tfrac{\|\nabla g\|}{\mu} +
       \tfrac{C_{c\phi}}{\mu} \big( \big\| D_d [\partial_\phi f - \partial^2_{\phi\phi} g \, \hat v]

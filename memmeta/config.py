@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,9 @@ class Config:
     """Held-out test episodes of the final report."""
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(Config).items():
+            value = getattr(self, name)
+            _require(name, value, _is(value, kind), _said(kind))
         positive = ("ways", "shots", "queries", "width", "tasks", "log_every", "checkpoint_every")
         for name in positive:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -117,7 +121,7 @@ class Config:
             self.ways,
             width=self.width,
             image_shape=tuple(dataset.inputs.shape[2:]),
-            head_scale=0.0 if self.method in algorithms.FIXED_START else 1.0,
+            head_scale=1.0,  # read only by methods that learn the head's start
         )
         known = inspect.signature(method).parameters
         options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
@@ -159,6 +163,29 @@ class Config:
             raise UserError(f"{where}: {error}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: not a configuration of a run ({error})") from error
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value, maybe from a file of a stranger's, is of an annotation's kind."""
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is not None:
+        return any(_is(value, each) for each in typing.get_args(kind))
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) < 1e300
+    return isinstance(value, kind)
+
+
+def _said(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if kinds := typing.get_args(kind):
+        return " or ".join(_said(each) for each in kinds)
+    names = {int: "a whole number below 2³¹", float: "a finite number", type(None): "nothing"}
+    return names.get(kind, kind.__name__)
 
 
 def _require(name: str, found: Any, holds: bool, expected: str) -> None:

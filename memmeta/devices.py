@@ -118,10 +118,21 @@ def place(mesh: Mesh | None, tree: PyTree, spec: P = P()) -> PyTree:
     def one(leaf: Array) -> Array:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
-            return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+            return _put(leaf, NamedSharding(mesh, sharding.spec))
+        return _put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, tree)
+
+
+def _put(leaf: Array, sharding: NamedSharding) -> Array:
+    if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # some of the devices are other processes': each process brings its own devices' part
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def use(count: int | None) -> None:

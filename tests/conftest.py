@@ -1,4 +1,4 @@
-"""Set-up shared by all tests: annotations checked, a compilation cache, several simulated devices."""
+"""Set-up of all tests: annotations checked, a compilation cache, several simulated devices."""
 
 import os
 import pathlib

@@ -92,7 +92,7 @@ def test_a_named_subset_adapts(tasks):
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(ValueError, match="chooses no parameter. Expected 'head', 'body'"):
+    with pytest.raises(ValueError, match=r"chooses no parameter\. Expected 'head', 'body'"):
         mm.few_shot.network_problem(network(), lambda path: False, proximal=0.0)
     with pytest.raises(ValueError, match="ridge: expected 0 or more, found -1"):
         mm.algorithms.memory_reduced(network(), ridge=-1)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: a small real run, resuming, and every kind of bad input."""
+"""The command line as a person meets it: a small real run, resuming, all kinds of bad input."""
 
 import json
 import shutil
@@ -14,10 +14,10 @@ from memmeta.config import Config
 from memmeta.run_folder import RunFolder
 from memmeta.train import make_trainer
 
-SMALL = (
-    "--ways=3 --queries=2 --width=4 --tasks=2 --meta-steps=6 --log-every=2 "
-    "--checkpoint-every=2 --episodes=4 --inner-steps=5"
-).split()
+SMALL = [
+    *("--ways=3", "--queries=2", "--width=4", "--tasks=2", "--meta-steps=6", "--log-every=2"),
+    *("--checkpoint-every=2", "--episodes=4", "--inner-steps=5"),
+]
 
 
 @pytest.fixture(scope="module")

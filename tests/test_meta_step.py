@@ -131,7 +131,7 @@ def test_a_step_compiles_once_and_moves_nothing_to_the_host():
     state, _ = step(step.init(learner.init(jax.random.key(0))), tasks)
     with jax.transfer_guard("disallow"):
         for _ in range(3):
-            state, metrics = step(state, tasks)
+            state, _ = step(state, tasks)
     assert step.compiled._cache_size() == 1
 
 

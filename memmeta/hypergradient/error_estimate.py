@@ -9,65 +9,67 @@ from memmeta import trees
 from memmeta.problem import Context, Params, Problem, Scalar
 
 
-class Lagrangian(NamedTuple):
-    r"""The derivatives of f − ⟨∇_φ g, v⟩ at φ̂, and how they change along δ.
+class Slopes(NamedTuple):
+    r"""The derivatives of f − ⟨∇_φ g, v⟩ at a point.
 
     Attributes:
-        context: ∂_c f − ∂²_cφ g · v, the implicit hypergradient in the context.
         params: ∂_φ f − ∂²_φφ g · v, what the linear solver left over.
-        context_change: directional derivative of `context` along δ.
-        params_change: directional derivative of `params` along δ.
+        context: ∂_c f − ∂²_cφ g · v, the implicit hypergradient in the context.
     """
 
-    context: Context
     params: Params
-    context_change: Context
-    params_change: Params
+    context: Context
 
 
-def lagrangian(
+def slopes(
     problem: Problem, params: Params, v: Params, delta: Params, context: Context
-) -> Lagrangian:
-    """One pass, forward over reverse over forward, for all that is needed after the solve.
+) -> tuple[Slopes, Slopes]:
+    """The derivatives at φ̂ and at φ̂ − δ, each in one pass of the cost of a mixed product.
 
     Args:
         problem: both losses are used.
         params: φ̂.
         v: the linear system's solution.
-        delta: δ, the estimated step from φ̂ to φ*, up to its sign.
+        delta: δ.
         context: of one task.
 
     Returns:
-        The four derivatives.
+        Those at φ̂, and those at φ̂ − δ.
     """
 
-    def slopes(params: Params) -> tuple[Params, Context]:
-        def difference(params: Params, context: Context) -> Scalar:
-            # forward over reverse of ⟨∇_φ g, v⟩, without the memory of a second reverse pass
-            along = jax.jvp(lambda p: problem.inner_loss(p, context), (params,), (v,))[1]
-            return problem.outer_loss(params, context)[0] - along
+    def at(moved: Scalar) -> Slopes:
+        point = jax.tree.map(lambda p, d: p - moved.astype(p.dtype) * d, params, delta)
+        outer = jax.grad(lambda p, c: problem.outer_loss(p, c)[0], argnums=(0, 1))(point, context)
+        # one after the other, so that the second takes the memory of the first
+        point, outer = jax.lax.optimization_barrier((point, outer))
+        both = lambda p: jax.grad(problem.inner_loss, argnums=(0, 1))(p, context)  # noqa: E731
+        products = jax.jvp(both, (point,), (v,))[1]
+        return Slopes(*jax.tree.map(jnp.subtract, outer, products))
 
-        return jax.grad(difference, argnums=(0, 1))(params, context)
+    # in a loop, for the same reason
+    both = jax.lax.map(at, jnp.arange(2.0))
+    here, there = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
+    return here, there
 
-    (left, hypergradient), (left_change, change) = jax.jvp(slopes, (params,), (delta,))
-    return Lagrangian(hypergradient, left, change, left_change)
 
+def error_estimate(
+    here: Slopes, there: Slopes, mixed: Context, v: Params, curvature: Scalar
+) -> Scalar:
+    r"""Estimate ‖∇̂F − ∇F‖ in the context, from a second look at φ̂ − δ.
 
-def error_estimate(found: Lagrangian, mixed: Context, v: Params, curvature: Scalar) -> Scalar:
-    r"""Estimate ‖∇̂F − ∇F‖ in the context.
-
-    With δ = ∇_φ g / μ̂ for the distance to the inner solution,
-    $$\|d_\delta(\partial_c f - \partial^2_{c\phi} g\, v)\|
+    With δ = ∇_φ g / μ̂ for the way to the inner solution, and Δ for the change from φ̂ to φ̂ − δ,
+    $$\|\Delta(\partial_c f - \partial^2_{c\phi} g\, v)\|
       + \frac{\|\partial^2_{c\phi} g\, v\|}{\|v\| \, \hat\mu}
-      \big(\|d_\delta(\partial_\phi f - \partial^2_{\phi\phi} g\, v)\| + \|r\|\big)$$
+      \big(\|\Delta(\partial_\phi f - \partial^2_{\phi\phi} g\, v)\| + \|r\|\big)$$
 
     The first term is the inner loop's error at fixed v, the second that of v, through the inner
     loop and through the linear solver's residual r. An estimate: μ̂ may be too large where it was
     only met and not given, and ∂²_cφ g may act more strongly than along v.
 
     Args:
-        found: see `Lagrangian`, along δ.
-        mixed: ∂²_cφ g · v.
+        here: `slopes` at φ̂; its `params` is r.
+        there: `slopes` at φ̂ − δ.
+        mixed: ∂²_cφ g · v at φ̂.
         v: the linear system's solution.
         curvature: μ̂.
 
@@ -76,9 +78,10 @@ def error_estimate(found: Lagrangian, mixed: Context, v: Params, curvature: Scal
 
     Source: first-order expansion of the error in Pedregosa (ICML 2016), Theorem 1.
     """
+    change = jax.tree.map(jnp.subtract, there, here)
+    known = (curvature > 0) & jnp.isfinite(curvature)
     length = trees.norm(v)
     coupling = trees.norm(mixed) / jnp.where(length > 0, length, 1)
-    left = trees.norm(found.params_change) + trees.norm(found.params)
-    known = (curvature > 0) & jnp.isfinite(curvature)
-    estimate = trees.norm(found.context_change) + coupling * left / jnp.where(known, curvature, 1)
+    left = (trees.norm(change.params) + trees.norm(here.params)) / jnp.where(known, curvature, 1)
+    estimate = trees.norm(change.context) + coupling * left
     return jnp.where(known & jnp.isfinite(estimate), estimate, jnp.inf)

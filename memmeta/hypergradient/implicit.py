@@ -6,13 +6,13 @@ from jaxtyping import Array
 
 from memmeta import trees
 from memmeta.certificate import Measured
-from memmeta.hypergradient.error_estimate import error_estimate, lagrangian
+from memmeta.hypergradient.error_estimate import error_estimate, slopes
 from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
 from memmeta.hypergradient.on_demand import error_bound, until
 from memmeta.hypergradient.report import Report
 from memmeta.hypergradient.structural_zeros import losses_seen
 from memmeta.hypergradient.warm import Memory
-from memmeta.inner import InnerLoop
+from memmeta.inner import InnerLoop, hessian_product
 from memmeta.linear_solve import LinearSolver, SolverAt, cg
 from memmeta.problem import Context, Params, Problem
 
@@ -55,20 +55,19 @@ def implicit(
         else:
             state, guess, _ = until(tolerance, problem, inner, solver, (start, guess), context)
         params = state.params
-        gradient, hessian_product = jax.linearize(
-            lambda phi: jax.grad(problem.inner_loss)(phi, context), params
-        )
+        gradient, product = hessian_product(problem, params, context)
         loss, pull_back, aux = jax.vjp(problem.outer_loss, params, context, has_aux=True)
         outer_params, outer_context = pull_back(jnp.ones_like(loss))
         solve = solver.make(problem, params, context) if isinstance(solver, SolverAt) else solver
-        solution = solve(hessian_product, outer_params, guess)
+        # The barrier lets go of all that the products kept before the next pass begins.
+        solution = jax.lax.optimization_barrier(solve(product, outer_params, guess))
 
         curvature = solution.curvature
         if problem.strong_convexity is not None:
             curvature = problem.strong_convexity(context).astype(curvature.dtype)
-        scale = 1 / jnp.where(curvature > 0, curvature, 1)
-        delta = jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient)
-        found = lagrangian(problem, params, solution.value, delta, context)
+        rate = 1 / jnp.where(curvature > 0, curvature, 1)
+        delta = jax.tree.map(lambda x: rate.astype(x.dtype) * x, gradient)
+        found, there = slopes(problem, params, solution.value, delta, context)
         mixed = jax.tree.map(jnp.subtract, outer_context, found.context)
         measured = Measured(
             trees.norm(gradient), trees.norm(found.params), trees.norm(solution.value)
@@ -79,7 +78,7 @@ def implicit(
             linear_residual=solution.residual,
             smallest_curvature=solution.curvature,
             linear_iterations=solution.iterations.astype(loss.dtype),
-            error_estimate=error_estimate(found, mixed, solution.value, curvature),
+            error_estimate=error_estimate(found, there, mixed, solution.value, curvature),
             standard_error=jnp.zeros_like(loss),
             error_bound=error_bound(problem, params, measured, context),
         )

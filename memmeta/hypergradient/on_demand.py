@@ -50,8 +50,8 @@ def until(
     """Rounds of 5 inner steps and one linear solve, each from where the last one ended.
 
     Ends when the certificate is at most the tolerance, or `inner.steps` (rounded up to whole
-    rounds) are made. The certificate is the rigorous bound where the problem gives its constants, else
-    `certificate.estimate`.
+    rounds) are made. The certificate is the rigorous bound where the problem gives its constants,
+    else `certificate.estimate`.
 
     Args:
         tolerance: on ‖∇̂F_i − ∇F_i‖; a number or a traced scalar.

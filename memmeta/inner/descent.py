@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from memmeta import trees
+from memmeta.inner.second_order import hessian_product
 from memmeta.inner.solver import InnerSolver, rounding, where
 from memmeta.problem import Context, Params, Problem, Scalar
 
@@ -30,14 +31,15 @@ class Curvature(NamedTuple):
 
 
 def _measure(problem: Problem, params: Params, context: Context) -> Curvature:
+    # The rate belongs to the method, not to the function that is differentiated. Inputs are held
+    # fixed, not results: of a measurement that is differentiated in vain, memory would tell.
+    fixed, context = jax.lax.stop_gradient((params, context))
     if problem.smoothness is None:
-        largest = power_iteration(problem, params, context)
+        largest = power_iteration(problem, fixed, context)
     else:
         largest = problem.smoothness(context)
     bound = problem.strong_convexity
     smallest = jnp.zeros_like(largest) if bound is None else bound(context).astype(largest.dtype)
-    # The rate belongs to the method, not to the function that is differentiated.
-    largest, smallest = jax.lax.stop_gradient((largest, smallest))
     return Curvature(largest, smallest, jnp.zeros_like(largest), params)
 
 
@@ -60,16 +62,14 @@ def power_iteration(problem: Problem, params: Params, context: Context) -> Scala
         >>> float(power_iteration(g, jnp.ones(2), jnp.array([1.0, 5.0])).round(3))
         5.0
     """
-    gradient, hessian_product = jax.linearize(
-        lambda phi: jax.grad(problem.inner_loss)(phi, context), params
-    )
+    gradient, product = hessian_product(problem, params, context)
 
     def normalised(vector: Params) -> Params:
         length = trees.norm(vector)
         return jax.tree.map(lambda x: x / jnp.maximum(length, _tiny(x)).astype(x.dtype), vector)
 
     def body(vector: Params, _: None) -> tuple[Params, Scalar]:
-        image = hessian_product(vector)
+        image = product(vector)
         return normalised(image), trees.norm(image)
 
     # A flat start (zero gradient) would see no curvature at all.

@@ -198,12 +198,27 @@ def _finish(
     representable = trees.all_finite(value) | ~trees.all_finite(b)
     value = jax.tree.map(lambda x: jnp.where(representable, x, 0), value)
     target, length = unit(jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), b))
-    reached = scaled(1 / jnp.where(length > 0, length, 1), image(value))
+    reached = scaled(1 / jnp.where(length > 0, length, 1), _late(image, value))
     residual = trees.norm(jax.tree.map(jnp.subtract, target, reached))
     residual = jnp.where(jnp.isnan(residual) | ~representable, jnp.inf, residual)
     curvature = jnp.where(jnp.isnan(curvature), jnp.inf, curvature)
     residual, curvature = jax.lax.stop_gradient((jnp.where(length == 0, 0, residual), curvature))
     return LinearSolution(value, residual, curvature.astype(residual.dtype), iterations)
+
+
+def _late(product: Product, x: Vector) -> Vector:
+    """A x in a loop of one turn, of which XLA cannot see that it is one.
+
+    Outside of a loop it would start whatever of the product does not depend on x before the
+    method's own loop, and keep it in memory all through that.
+    """
+    turns = jax.lax.optimization_barrier(jnp.int32(1))
+    zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(product, x))
+    return jax.lax.while_loop(
+        lambda carry: carry[0] < turns,
+        lambda carry: (carry[0] + 1, product(x)),
+        (jnp.int32(0), zeros),
+    )[1]
 
 
 def check_steps(steps: int) -> None:

@@ -1,0 +1,343 @@
+"""Nothing lost on the way: kills, signals, full disks, tasks that are not as they should be."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas
+import pytest
+from problems import quadratic_problem, quadratic_tasks
+
+import memmeta as mm
+from memmeta import checkpoints, devices
+from memmeta.__main__ import main
+from memmeta.config import Config, UserError
+from memmeta.run_folder import RunFolder
+from memmeta.train import check_room, make_trainer
+
+TINY = [
+    *("--ways=2", "--queries=1", "--width=2", "--tasks=2", "--log-every=1"),
+    *("--checkpoint-every=2", "--episodes=2", "--inner-steps=2", "--cg-steps=2"),
+]
+
+
+def start(path, *options, steps=12):
+    """A real run of its own process, on one device."""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "memmeta", "train", "--run", str(path), *options]
+    if "--resume" not in options:
+        command += [*TINY, f"--meta-steps={steps}"]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def lines(path):
+    found = pandas.read_json(path / "metrics.jsonl", lines=True)
+    return found.drop(columns="tasks_per_second")
+
+
+def final_state(path):
+    """The bytes of every parameter of the newest checkpoint."""
+    folder = RunFolder(path)
+    state = checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+    state = state._replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_run(first, second):
+    pandas.testing.assert_frame_equal(lines(first), lines(second))
+    for one, other in zip(final_state(first), final_state(second), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def wait_for_lines(path, process, count):
+    while process.poll() is None:
+        if (path / "metrics.jsonl").exists():
+            text = (path / "metrics.jsonl").read_text()
+            if text.count("\n") >= count:
+                return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    path = tmp_path_factory.mktemp("faults") / "whole"
+    process = start(path)
+    assert process.wait() == 0, process.stderr.read()
+    return path
+
+
+def kill_and_resume(path, moments, rng):
+    """Kill a run and resume it, `moments` times, then let it end."""
+    process = start(path)
+    for moment in range(moments):
+        wait_for_lines(path, process, rng.randrange(1, 12) if moment else 1)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        process.wait()
+        process = start(path, "--resume") if (path / "config.json").exists() else start(path)
+    assert process.wait() == 0, process.stderr.read()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path / "killed", 2, random.Random(0))
+    assert_same_run(uninterrupted, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_moments(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path / "killed", 20, random.Random(1))
+    assert_same_run(uninterrupted, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(uninterrupted, tmp_path, number):
+    path = tmp_path / "stopped"
+    process = start(path)
+    wait_for_lines(path, process, 3)
+    process.send_signal(number)
+    code = process.wait()
+    if code == 0:
+        pytest.skip("the run was over before the signal came")
+    assert code == 75
+    last = process.stderr.read().strip().splitlines()[-1]
+    assert "which is saved; go on with --resume" in last
+    assert checkpoints.whole(path / "checkpoints")[0] == lines(path)["step"].max()
+    process = start(path, "--resume")
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_run(uninterrupted, path)
+
+
+def test_a_run_that_died_before_its_first_checkpoint(uninterrupted, tmp_path):
+    path = tmp_path / "early"
+    path.mkdir()
+    shutil.copy(uninterrupted / "config.json", path)
+    (path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"st')
+    process = start(path, "--resume")
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_run(uninterrupted, path)
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path):
+    state = {"weight": jnp.arange(100_000.0)}
+    checkpoints.save(tmp_path, 1, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="make room there, then go on with --resume"):
+            checkpoints.save(tmp_path, 2, {"weight": jax.random.normal(jax.random.key(0), 10**5)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.whole(tmp_path) == [1]
+    found = checkpoints.restore(tmp_path, state)
+    np.testing.assert_array_equal(found["weight"], state["weight"])
+    checkpoints.save(tmp_path, 2, state)
+    assert checkpoints.whole(tmp_path) == [2, 1]
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_tidied_away(tmp_path):
+    state = {"weight": jnp.ones(3)}
+    (tmp_path / "00000001").mkdir()
+    (tmp_path / "00000001" / "half").write_text("torn")
+    (tmp_path / "00000002.orbax-checkpoint-tmp-5").mkdir()
+    (tmp_path / "notes").mkdir()
+    checkpoints.save(tmp_path, 3, state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000003.json", "notes"]
+
+
+def test_links_out_of_a_checkpoint_are_not_followed(tmp_path):
+    state, folder = {"weight": jnp.ones(3)}, tmp_path / "checkpoints"
+    checkpoints.save(folder, 1, state)
+    (tmp_path / "outside").write_text("secret")
+    (folder / "00000001" / "link").symlink_to(tmp_path / "outside")
+    (folder / "99999999999999999999.json").write_text("{}")
+    (folder / "00000002.json").write_text("[" * 100_000)
+    with pytest.raises(checkpoints.CheckpointError, match="every checkpoint was altered"):
+        checkpoints.restore(folder, state)
+
+
+def test_a_checkpoint_is_read_on_another_number_of_devices(tmp_path):
+    def state_on(count):
+        step = mm.make_meta_step(
+            quadratic_problem(),
+            mm.InnerLoop(steps=2),
+            mm.hypergradient.implicit(),
+            optax.adam(0.1),
+            mesh=devices.task_mesh(jax.devices()[:count]),
+        )
+        return step, step.init(jnp.linspace(0.0, 1.0, 4))
+
+    step, state = state_on(4)
+    state, _ = step(state, quadratic_tasks(jax.random.key(0), tasks=4))
+    checkpoints.save(tmp_path, 1, state)
+    _, like = state_on(2)
+    found = checkpoints.restore(tmp_path, like)
+    assert len(found.meta_params.sharding.device_set) == 2
+    np.testing.assert_array_equal(found.meta_params, state.meta_params)
+
+
+def test_strict_stops_and_keeps_what_went_wrong(tmp_path, capsys):
+    path = tmp_path / "strict"
+    code = main(
+        ["train", "--run", str(path), "--strict", *TINY, "--meta-steps=4", "--inner-rate=1e30"]
+    )
+    assert code == 3
+    assert "trouble in meta-step 1" in capsys.readouterr().err
+    assert checkpoints.whole(path / "checkpoints") == [0]
+    batch = np.load(path / "offending_batch.npz", allow_pickle=False)
+    assert batch["support_inputs"].shape == (2, 2, 28, 28, 1)
+
+
+def test_without_strict_the_same_run_ends_and_counts(tmp_path):
+    path = tmp_path / "lenient"
+    options = ["--meta-steps=2", "--inner-rate=1e30"]
+    assert main(["train", "--run", str(path), *TINY, *options]) == 0
+    found = lines(path)
+    assert (found["masked"] + found["diverging"] > 0).all()
+    assert all(np.isfinite(leaf).all() for leaf in final_state(path))
+
+
+def adversarial(key, tasks):
+    """Quadratic tasks of which most are spoilt, each in its own way."""
+    keys = jax.random.split(key, 3)
+    found = quadratic_tasks(keys[0], tasks=tasks)
+    kinds = jax.random.randint(keys[1], (tasks,), 0, 7)
+    scale = jnp.array([1.0, jnp.nan, jnp.inf, 0.0, 1e30, -1.0, 1e-30])[kinds]
+    return found._replace(
+        hessian=found.hessian * scale[:, None, None],
+        target=jnp.where(kinds[:, None] == 6, 1e20, found.target),
+    )
+
+
+@pytest.mark.parametrize("estimator", ["implicit", "unrolled"])
+def test_a_long_run_on_adversarial_tasks_ends_finite(estimator):
+    step = mm.make_meta_step(
+        quadratic_problem(),
+        mm.InnerLoop(optax.sgd(0.1), steps=10),
+        mm.hypergradient.ESTIMATORS[estimator].make(),
+        optax.adam(0.01),
+        task_chunk=2,
+    )
+
+    @jax.jit
+    def run(state):
+        def body(state, key):
+            state, metrics = step.update(state, adversarial(key, 8))
+            return state, metrics.counts
+
+        return jax.lax.scan(body, state, jax.random.split(jax.random.key(9), 1000))
+
+    state, counts = run(step.init(jnp.linspace(-1.0, 1.0, 4)))
+    assert np.isfinite(state.meta_params).all()
+    assert np.abs(state.meta_params).max() < 100
+    totals = {name: int(jnp.sum(count)) for name, count in counts._asdict().items()}
+    assert totals["masked"] > 1000
+    assert totals["exploding"] > 0
+    if estimator == "implicit":
+        assert totals["indefinite"] > 500
+
+
+def test_adversarial_images_leave_the_network_finite():
+    images = np.asarray(mm.data.load("glyphs", "test").inputs[:6, :4], np.float32) / 255
+    spoilt = images.copy()
+    spoilt[0, 0, 3, 3] = np.nan
+    spoilt[1] = 0.5
+    spoilt[2] = spoilt[3]  # one class twice
+    spoilt[4] *= 1e30
+    learner = mm.algorithms.memory_reduced(
+        mm.models.conv4(ways=2, width=4), inner=mm.InnerLoop(steps=5)
+    )
+
+    def task(first, second, labels=(0, 1)):
+        pair = np.stack([spoilt[first], spoilt[second]])
+        targets = np.array(labels, np.int32)
+        return mm.Task(
+            pair[:, :1].reshape(2, 28, 28, 1),
+            targets,
+            pair[:, 1:].reshape(6, 28, 28, 1),
+            np.repeat(targets, 3),
+        )
+
+    tasks = [task(0, 5), task(1, 1), task(2, 3), task(4, 5), task(3, 5, (1, 0)), task(3, 5)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tasks)
+    step = learner.make_meta_step(optax.adam(1e-2))
+    state = step.init(learner.init(jax.random.key(0)))
+    for _ in range(5):
+        state, metrics = step(state, batch)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.meta_params))
+    assert int(metrics.counts.masked) >= 1
+    assert np.isfinite(metrics.loss)
+
+
+def test_an_exploding_gradient_is_left_out_and_counted():
+    step = mm.make_meta_step(
+        quadratic_problem(),
+        mm.InnerLoop(steps=50),
+        mm.hypergradient.implicit(),
+        optax.sgd(1e-3),
+    )
+    tasks = quadratic_tasks(jax.random.key(0))
+    state = step.init(jnp.linspace(-1.0, 1.0, 4))
+    for _ in range(3):
+        state, metrics = step(state, tasks)
+        assert int(metrics.counts.exploding) == 0
+    before = np.asarray(state.meta_params)
+    state, metrics = step(state, tasks._replace(target=1e6 * tasks.target))
+    assert int(metrics.counts.exploding) == 1
+    np.testing.assert_array_equal(before, state.meta_params)
+
+
+def test_what_does_not_fit_is_said_before_it_starts(monkeypatch):
+    config = Config(ways=2, queries=1, width=4, tasks=4, inner_steps=2, task_chunk=4)
+    trainer = make_trainer(config)
+    block = trainer.compile()
+    needed = devices.needed_bytes(block)
+    check_room(trainer, block)
+    monkeypatch.setattr(devices, "free_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"--task-chunk [12] would need about"):
+        check_room(trainer, block)
+    monkeypatch.setattr(devices, "free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="with --task-chunk 1 it would still need"):
+        check_room(trainer, block)
+
+
+def test_a_long_run_keeps_nothing(tmp_path):
+    step = mm.make_meta_step(
+        quadratic_problem(), mm.InnerLoop(steps=2), mm.hypergradient.implicit(), optax.adam(1e-3)
+    )
+    tasks = quadratic_tasks(jax.random.key(0))
+    state = step.init(jnp.ones(4))
+
+    def used():
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))
+
+    for number in range(600):
+        state, _ = step(state, tasks)
+        if number % 100 == 0:
+            checkpoints.save(tmp_path, number, state)
+        if number == 300:
+            memory, files = used()
+    later_memory, later_files = used()
+    assert later_memory - memory < 20e6
+    assert later_files <= files + 2
+    assert step.compiled._cache_size() <= 2
+    assert json.loads((tmp_path / "00000500.json").read_text())

@@ -1,0 +1,118 @@
+"""Two real processes on one machine against one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_faults import TINY, final_state, lines, wait_for_lines
+
+from memmeta import checkpoints, processes
+from memmeta.__main__ import main
+
+
+def start(path, *options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "memmeta", "train", "--run", str(path), *options]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def assert_close(first, second):
+    np.testing.assert_allclose(
+        lines(first).to_numpy(float), lines(second).to_numpy(float), rtol=2e-2, atol=2e-3
+    )
+    for one, other in zip(final_state(first), final_state(second), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("processes") / "alone"
+    assert main(["train", "--run", str(path), *TINY, "--meta-steps=4", "--devices=1"]) == 0
+    return path
+
+
+def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
+    process = start(tmp_path / "two", *TINY, "--meta-steps=4", "--processes=2")
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert_close(alone, tmp_path / "two")
+    assert checkpoints.whole(tmp_path / "two" / "checkpoints") == [4, 2]
+
+
+@pytest.mark.slow
+def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
+    steps = "--meta-steps=3000"
+    path = tmp_path / "died"
+    process = start(path, *TINY, steps, "--processes=2")
+    wait_for_lines(path, process, 3)
+    children = children_of(process.pid)
+    os.kill(children[-1], signal.SIGKILL)
+    errors = process.communicate()[1]
+    assert process.returncode == 1
+    assert "go on with --resume" in errors
+    done = checkpoints.whole(path / "checkpoints")[0]
+    process = start(path, "--resume", "--devices=1")
+    wait_for_lines(path, process, done + 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    found = lines(path)["step"].tolist()
+    assert found == list(range(1, len(found) + 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes(tmp_path):
+    path = tmp_path / "stopped"
+    process = start(path, *TINY, "--meta-steps=3000", "--processes=2")
+    wait_for_lines(path, process, 3)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 75, errors
+    assert checkpoints.whole(path / "checkpoints")[0] == lines(path)["step"].max()
+
+
+def children_of(pid):
+    """The children of a process, in the order they were started."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    return sorted(int(child) for child in found)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS: not set"),
+        (
+            {
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+                "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+            },
+            "JAX_PROCESS_ID: expected a number below JAX_NUM_PROCESSES",
+        ),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes.launched()
+    with pytest.raises(ValueError, match=message):
+        processes.join()
+
+
+def test_one_process_is_not_launched(monkeypatch):
+    for name in processes.COUNTED_BY:
+        monkeypatch.delenv(name, raising=False)
+    assert not processes.launched()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not processes.launched()
