@@ -27,8 +27,8 @@ def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
         The mesh.
 
     Example:
-        >>> task_mesh(jax.devices()[:1]).shape
-        OrderedDict({'tasks': 1})
+        >>> task_mesh(jax.devices()[:1]).shape[TASKS]
+        1
     """
     return Mesh(np.array(jax.devices() if devices is None else devices), (TASKS,))
 

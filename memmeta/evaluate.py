@@ -43,7 +43,7 @@ def evaluate(
         The `Evaluation`.
 
     Example:
-        >>> import memmeta as mm
+        >>> import jax.numpy as jnp, memmeta as mm
         >>> problem = mm.Problem(
         ...     embed=lambda theta, batch: theta * batch,
         ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2),
@@ -87,7 +87,7 @@ def confidence_interval(values: Float[Array, " tasks"] | Float[np.ndarray, " tas
         ValueError: fewer than two values.
 
     Example:
-        >>> print(confidence_interval(jnp.array([0.9, 1.0, 0.8, 0.9])))
+        >>> print(confidence_interval(np.array([0.9, 1.0, 0.8, 0.9])))
         0.9 ± 0.08
     """
     array = np.asarray(values, np.float64)
