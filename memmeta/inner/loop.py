@@ -86,7 +86,8 @@ class InnerLoop:
             steps in reverse refuse it. Tasks sharded over devices wait for the slowest.
 
     Raises:
-        ValueError: `steps` is no whole number or negative, or `tolerance` is not positive.
+        ValueError: `steps` is no whole number, negative or beyond int32, or `tolerance` is not
+            positive.
 
     Example:
         >>> g = Problem(None, lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2), None, None)
@@ -100,9 +101,10 @@ class InnerLoop:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 0:
+        if not isinstance(self.steps, int) or not 0 <= self.steps < 2**31:
             raise ValueError(
-                f"steps: expected a whole number of inner steps, 0 or more, found {self.steps!r}."
+                "steps: expected a whole number of inner steps, 0 or more and below 2³¹, found "
+                f"{self.steps!r}."
             )
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(

@@ -223,8 +223,8 @@ def _late(product: Product, x: Vector) -> Vector:
 
 def check_steps(steps: int) -> None:
     """Refuse a number of steps that is none."""
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected a whole number, 0 or more, found {steps!r}.")
+    if not isinstance(steps, int) or not 0 <= steps < 2**31:
+        raise ValueError(f"steps: expected a whole number, 0 or more, below 2³¹, found {steps!r}.")
 
 
 def explain(solution: LinearSolution, tolerance: float = 1e-3) -> str:
