@@ -2,6 +2,7 @@
 
 from memmeta import algorithms, data, hypergradient, inner, linear_solve, models
 from memmeta.evaluate import confidence_interval, evaluate
+from memmeta.hypergradient import implicit_solution
 from memmeta.inner import InnerLoop, accelerated, gradient_descent
 from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
 from memmeta.problem import Problem, Task
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate",
     "gradient_descent",
     "hypergradient",
+    "implicit_solution",
     "inner",
     "linear_solve",
     "make_meta_step",

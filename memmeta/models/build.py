@@ -28,6 +28,21 @@ def with_linear_head(
         input_shape: shape of one example, without the leading axis.
         head_scale: standard deviation of the head's kernel at the start, times sqrt(features);
             0 starts every task's head from zeros.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: `ways` is less than 1, or `head_scale` is negative.
+
+    Example:
+        >>> from memmeta.models import with_linear_head
+        >>> class Body(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, inputs, weights):
+        ...         return nn.relu(nn.Dense(8)(inputs))
+        >>> with_linear_head(Body(), ways=5, input_shape=(3,), head_scale=0.0).features
+        8
     """
     if ways < 1:
         raise ValueError(f"ways: must be at least 1, found {ways}")
