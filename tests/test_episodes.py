@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memmeta.data import DataError, Dataset, Episodes
+from memmeta.data import DataError, Dataset, Episodes, load
 
 CLASSES, EXAMPLES, GROUPS, FAMILIES = 12, 8, 3, 2
 
@@ -245,3 +245,14 @@ def test_figures_must_be_positive_integers(name, value):
 def test_ranges_must_go_up(name, value):
     with pytest.raises(ValueError, match=r"a positive integer or a range \(least, most\)"):
         Episodes(**{name: value})
+
+
+def test_a_data_set_that_is_closed_over_is_checked_too():
+    dataset = load("glyphs", "test")
+    drawn = jax.jit(Episodes(ways=2, queries=1).sample)
+    inside = jax.jit(lambda key: Episodes(ways=2, queries=1).sample(dataset, key))
+    key = jax.random.key(0)
+    for one, other in zip(drawn(dataset, key), inside(key), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(DataError, match="too many"):
+        jax.jit(lambda key: Episodes(queries=40).sample(dataset, key))(key)

@@ -198,7 +198,8 @@ class Episodes:
         where = f"{dataset.name}/{dataset.split}"
         if self.cross_family and len(dataset.family_names) < 2:
             raise DataError(f"cross_family=True, but {where} has only one family of examples")
-        support, query, sizes = map(np.asarray, _count(self, dataset))
+        with jax.ensure_compile_time_eval():  # also where only the key is traced
+            support, query, sizes = map(np.asarray, _count(self, dataset))
         if not sizes.any():
             raise DataError(self._too_few_examples(where, support, query))
         most = int(sizes.max())
