@@ -1,0 +1,186 @@
+"""The workloads that the benchmarks of cost share: tasks, networks, methods by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import memmeta as mm
+from memmeta.algorithms import METHODS, Learner
+from memmeta.hypergradient import mixed_mode, unrolled
+from memmeta.models import Network, conv4
+from memmeta.problem import Batch, Task
+
+RATE = 0.01
+RIDGE, PROXIMAL, CG_STEPS = 0.1, 2.0, 5
+"""Inner rate where it must be the same in all libraries; small, so that rounding stays rounding."""
+
+Options: TypeAlias = dict[str, Any]
+
+
+class Workload(NamedTuple):
+    """A meta-step's data and network.
+
+    Attributes:
+        tasks: in a meta-step.
+        ways: classes in a task.
+        shots: support images a class.
+        queries: query images a class.
+        image_shape: height, width, channels.
+        width: filters of each of the four blocks.
+    """
+
+    tasks: int = 4
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    image_shape: tuple[int, int, int] = (28, 28, 1)
+    width: int = 64
+
+    @property
+    def images(self) -> int:
+        """In one task."""
+        return self.ways * (self.shots + self.queries)
+
+    def network(self, **options: Any) -> Network:
+        """The Conv4 of this width; its head starts at random where a method learns the start."""
+        shape = self.image_shape
+        return conv4(self.ways, width=self.width, image_shape=shape, head_scale=1.0, **options)
+
+    def shapes(self) -> Batch:
+        """The batch of tasks without its data, to compile for."""
+        return jax.eval_shape(self.batch)
+
+    def batch(self) -> Batch:
+        """Random images, each class around a random image of its own, as float32."""
+        support, query = self.ways * self.shots, self.ways * self.queries
+        noise, centres = jax.random.split(jax.random.key(7))
+        shape = (self.tasks, support + query, *self.image_shape)
+        labels = jnp.arange(support + query, dtype=jnp.int32) % self.ways
+        labels = jnp.tile(labels, (self.tasks, 1))
+        kinds = jax.random.normal(centres, (self.tasks, self.ways, *self.image_shape))
+        images = jnp.take_along_axis(kinds, labels[..., None, None, None], axis=1)
+        images = 0.5 + 0.1 * images + 0.2 * jax.random.normal(noise, shape)
+        return Task(
+            images[:, :support], labels[:, :support], images[:, support:], labels[:, support:]
+        )
+
+
+PAPERS_OMNIGLOT = Workload()
+PAPERS_CIFAR = Workload(tasks=32, shots=5, queries=5, image_shape=(32, 32, 3))
+PAPERS_IMAGENET = PAPERS_CIFAR._replace(image_shape=(84, 84, 3), width=32)
+WORKLOADS = {"a": PAPERS_OMNIGLOT, "b32": PAPERS_CIFAR, "b84": PAPERS_IMAGENET}
+"""By the letters of `docs/performance.md`."""
+
+IN_STEPS = ("maml", "anil", "fomaml", "reptile", "boil", "imaml", "itd_bio", "memory_reduced")
+
+
+def learner(network: Network, method: str, steps: int, **options: Any) -> Learner:
+    """A method of `METHODS`, or one of `VARIANTS`, with plain gradient descent in its inner loop.
+
+    Args:
+        network: body and head.
+        method: its name.
+        steps: T, of the inner loop; methods without one take no notice.
+        options: of the method.
+    """
+    if method in VARIANTS:
+        return VARIANTS[method](network, steps, **options)
+    inner = mm.InnerLoop(optax.sgd(RATE), steps)
+    fixed: Options = {"imaml": {"proximal": PROXIMAL, "cg_steps": CG_STEPS}}.get(method, {})
+    fixed = {"ridge": RIDGE} if method == "memory_reduced" else fixed
+    options = fixed | options
+    named: Mapping[Any, Callable[..., Learner]] = METHODS
+    return named[method](network, inner=inner, **options)
+
+
+def _with(estimator: Any) -> Callable[..., Learner]:
+    def make(network: Network, steps: int, **options: Any) -> Learner:
+        base = learner(network, "maml", steps, **options)
+        return Learner(base.problem, base.inner, estimator, base.init)
+
+    return make
+
+
+def _recomputed(method: str) -> Callable[..., Learner]:
+    return lambda network, steps, **options: learner(
+        network, method, steps, recompute_features=True, **options
+    )
+
+
+def _memory_reduced_recomputed(network: Network, steps: int) -> Learner:
+    """The implicit rule with the body run in each inner step, as the paper's code does."""
+    usual = learner(network, "memory_reduced", steps)
+    problem = learner(network, "itd_bio, recomputed", steps).problem
+
+    def inner_loss(head: Any, context: Any) -> jax.Array:
+        ridge = sum((jnp.sum(x**2) for x in jax.tree.leaves(head)), jnp.float32(0))
+        return problem.inner_loss(head, context) + RIDGE / 2 * ridge
+
+    return replace(usual, problem=replace(problem, inner_loss=inner_loss))
+
+
+VARIANTS: dict[str, Callable[..., Learner]] = {
+    "maml, remat by step": _with(unrolled("step")),
+    "maml, remat by root": _with(unrolled("sqrt")),
+    "maml, mixed mode": _with(mixed_mode()),
+    "anil, recomputed": _recomputed("anil"),
+    "itd_bio, recomputed": _recomputed("itd_bio"),
+    "memory_reduced, recomputed": _memory_reduced_recomputed,
+}
+"""Methods in another form that is measured too."""
+
+
+def meta_step(made: Learner, chunk: int | None, mesh: Any = None) -> mm.MetaStep:
+    """One outer iteration with Adam."""
+    parts = (made.problem, made.inner, made.estimator, optax.adam(1e-3))
+    return mm.make_meta_step(*parts, task_chunk=chunk, mesh=mesh)
+
+
+def compiled(function: Callable, *arguments: Any, quick: bool = True) -> jax.stages.Compiled:
+    """Compile for arguments that may be shapes alone.
+
+    Args:
+        function: pure.
+        arguments: arrays or their shapes.
+        quick: save the seconds that machine code of good quality costs; buffers stay the same.
+    """
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if quick else {}
+    return jax.jit(function).lower(*arguments).compile(options)
+
+
+def compiled_step(
+    made: Learner, workload: Workload, chunk: int | None, quick: bool = True
+) -> jax.stages.Compiled:
+    """The meta-step's program for a workload's shapes."""
+    step = meta_step(made, chunk)
+    state = jax.eval_shape(lambda: step.init(made.init(jax.random.key(0))))
+    return compiled(step.update, state, workload.shapes(), quick=quick)
+
+
+def supervised(network: Network, workload: Workload) -> jax.stages.Compiled:
+    """The program of one plain gradient on the images of all tasks, as of one labelled batch."""
+
+    def gradient(params: Any, tasks: Task) -> Any:
+        def loss(params: Any) -> jax.Array:
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tasks)
+            images = jnp.concatenate([flat.support_inputs, flat.query_inputs])
+            labels = jnp.concatenate([flat.support_targets, flat.query_targets])
+            features = network.body(params["body"], images, jnp.ones(len(images)))
+            logits = network.head(params["head"], features)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return jax.grad(loss)(params)
+
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return compiled(gradient, params, workload.shapes())
+
+
+def temporary(program: jax.stages.Compiled) -> float:
+    """MB of the program's temporary buffers."""
+    analysis: Any = program.memory_analysis()
+    return float(np.float64(analysis.temp_size_in_bytes) / 1e6)
