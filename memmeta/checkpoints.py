@@ -100,12 +100,20 @@ def _read(target: Path, like: PyTree) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            # before anything is read: orbax stops at the first array that differs, others underway
+            stored = checkpointer.metadata(target.absolute()).item_metadata
+            if _arrays(stored.tree) != _arrays(abstract):
+                raise ValueError("its arrays have other shapes or dtypes")
             return checkpointer.restore(target.absolute(), abstract)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{target}: a checkpoint of another model or optimiser; use the options it was made "
             f"with, see config.json ({_first_line(error)})"
         ) from error
+
+
+def _arrays(tree: PyTree) -> list[str]:
+    return sorted(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(tree))
 
 
 def _intact(target: Path) -> bool:

@@ -17,7 +17,9 @@ def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
     left.plot(steps, [line["loss"] for line in lines], color="tab:blue")
-    left.set(xlabel="meta-step", ylabel="query loss", yscale="log")
+    left.set(xlabel="meta-step", ylabel="query loss")
+    if any((line["loss"] or 0) > 0 for line in lines):
+        left.set(yscale="log")
     if lines and "accuracy" in lines[0]:
         accuracy = [100 * line["accuracy"] for line in lines]
         right.plot(steps, accuracy, color="tab:blue", label="training tasks")

@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_model(run, tmp_path, capsys):
     [
         (["--ridge", "-1"], "ridge: expected 0 or more, found -1.0"),
         (["--rate", "-0.1"], "rate: expected more than 0, found -0.1"),
-        (["--inner-rate", "nan"], "inner_rate: expected more than 0, found nan"),
+        (["--inner-rate", "nan"], "inner_rate: expected a finite number or nothing, found nan"),
         (["--tasks", "0"], "tasks: expected at least 1, found 0"),
         (["--tasks", "4", "--task-chunk", "3"], "task_chunk: expected a divisor of tasks=4"),
         (["--checkpoint-every", "3"], "checkpoint_every: expected a multiple of log_every"),

@@ -1,0 +1,158 @@
+"""A long run at small size: what the process holds must not grow with the steps it makes.
+
+    python -m benchmarks.soak [--minutes 60] [--out DIR]
+
+Trains for that long, with metrics, validation and checkpoints like any run, and prints the
+process's memory, open files, live arrays and compilations along the way. Writes soak.json and
+soak.png, and the run itself to the folder run.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+
+from memmeta.config import Config
+from memmeta.interruption import Interrupted
+from memmeta.run_folder import new_run
+from memmeta.train import make_trainer, train
+
+SMALL = Config(
+    ways=2,
+    queries=2,
+    width=4,
+    tasks=2,
+    inner_steps=5,
+    cg_steps=5,
+    meta_steps=2**31 - 1,
+    log_every=50,
+    checkpoint_every=500,
+)
+STEADY = 0.2
+"""After this share of the time a run has met everything it will ever do."""
+GROWTH = 16.0
+"""Megabytes that the allocator's own comings and goings are given."""
+
+
+class Watch:
+    """Looks at the process after each block of meta-steps.
+
+    Attributes:
+        samples: what was seen.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """Start the clock.
+
+        Args:
+            seconds: after which the run is asked to stop.
+        """
+        self.samples: list[dict[str, float]] = []
+        self.began, self.seconds, self.compilations = time.monotonic(), seconds, 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, *_: Any, **__: Any) -> None:
+        self.compilations += event.endswith("backend_compile_duration")
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        """Take a sample, at most one a second; stop the run when the time is over."""
+        passed = time.monotonic() - self.began
+        due = not self.samples or passed - self.samples[-1]["seconds"] >= 1
+        if not due and passed < self.seconds:
+            return
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.samples.append(
+            {
+                "seconds": passed,
+                "meta_steps": line["step"],
+                "megabytes": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+                "open_files": len(os.listdir("/proc/self/fd")),
+                "arrays": len(jax.live_arrays()),
+                "compilations": self.compilations,
+            }
+        )
+        if passed >= self.seconds:
+            raise Interrupted("the time is over")
+
+
+def verdict(samples: list[dict[str, float]]) -> dict[str, Any]:
+    """How much was held at the end of the steady part more than at its beginning.
+
+    Args:
+        samples: from `Watch`.
+
+    Returns:
+        Growth by name, and under "flat" whether nothing grew.
+    """
+    steady = [s for s in samples if s["seconds"] >= STEADY * samples[-1]["seconds"]]
+    fifth = max(len(steady) // 5, 1)
+    growth = {
+        name: float(
+            np.median([s[name] for s in steady[-fifth:]])
+            - np.median([s[name] for s in steady[:fifth]])
+        )
+        for name in ("megabytes", "open_files", "arrays", "compilations")
+    }
+    flat = growth["megabytes"] <= GROWTH and all(
+        growth[name] <= 0 for name in ("open_files", "arrays", "compilations")
+    )
+    return growth | {"flat": flat}
+
+
+def picture(samples: list[dict[str, float]], path: Path) -> None:
+    """One panel a figure, over the meta-steps."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = ("megabytes", "open_files", "arrays", "compilations")
+    figure, axes = pyplot.subplots(1, len(names), figsize=(14, 3), layout="constrained")
+    for panel, name in zip(axes, names, strict=True):
+        panel.plot([s["meta_steps"] for s in samples], [s[name] for s in samples])
+        panel.set(xlabel="meta-steps", title=name.replace("_", " "), ylim=(0, None))
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> bool:
+    """Run it; whether everything was flat."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, default=Path("build/soak"))
+    options = parser.parse_args(arguments)
+    trainer = make_trainer(SMALL)
+    block, watch = trainer.compile(), Watch(60 * options.minutes)
+    with new_run(options.out / "run", SMALL) as folder, contextlib.suppress(Interrupted):
+        train(trainer, block, folder, resume=False, show=watch)
+    samples = watch.samples
+    print(f"{'seconds':>8} {'meta-steps':>11} {'MB':>8} {'files':>6} {'arrays':>7} {'compiled':>9}")
+    for index in np.unique(np.linspace(0, len(samples) - 1, 11).astype(int)):
+        s = samples[index]
+        print(
+            f"{s['seconds']:8.0f} {s['meta_steps']:11.0f} {s['megabytes']:8.1f} "
+            f"{s['open_files']:6.0f} {s['arrays']:7.0f} {s['compilations']:9.0f}"
+        )
+    found = verdict(samples)
+    print(
+        f"growth over the last {100 * (1 - STEADY):.0f} % of the time: "
+        + ", ".join(f"{name.replace('_', ' ')} {found[name]:+.1f}" for name in list(found)[:-1])
+        + f"; {'flat' if found['flat'] else 'NOT FLAT'}"
+    )
+    picture(samples, options.out / "soak.png")
+    (options.out / "soak.json").write_text(json.dumps({"growth": found, "samples": samples}))
+    return bool(found["flat"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(0 if main() else 1)
