@@ -31,7 +31,8 @@ class Workload(NamedTuple):
         shots: support images a class.
         queries: query images a class.
         image_shape: height, width, channels.
-        width: filters of each of the four blocks.
+        width: filters of each block.
+        depth: blocks.
     """
 
     tasks: int = 4
@@ -40,6 +41,7 @@ class Workload(NamedTuple):
     queries: int = 15
     image_shape: tuple[int, int, int] = (28, 28, 1)
     width: int = 64
+    depth: int = 4
 
     @property
     def images(self) -> int:
@@ -48,8 +50,9 @@ class Workload(NamedTuple):
 
     def network(self, **options: Any) -> Network:
         """The Conv4 of this width; its head starts at random where a method learns the start."""
-        shape = self.image_shape
-        return conv4(self.ways, width=self.width, image_shape=shape, head_scale=1.0, **options)
+        sizes: Options = {"width": self.width, "depth": self.depth}
+        options = {"image_shape": self.image_shape, "head_scale": 1.0, **sizes, **options}
+        return conv4(self.ways, **options)
 
     def shapes(self) -> Batch:
         """The batch of tasks without its data, to compile for."""
