@@ -78,6 +78,10 @@ def contestants(case: Case, tasks: int, mesh: Any) -> tuple[dict[str, Callable],
     name = f"{case.method}, {case.formulation}" if case.formulation else case.method
     made = {"memmeta": ours(learner(network, case.method, case.steps), params, batch, mesh)}
     same = made["memmeta"]
+    if case.method == "imaml":  # the others estimate no error
+        lean = learner(network, "imaml, no estimate", case.steps)
+        made["memmeta, with error estimate"] = same
+        made["memmeta"] = same = ours(lean, params, batch, mesh)
     if case.formulation:
         same = ours(learner(network, name, case.steps), params, batch, mesh)
         made["memmeta, recomputed"] = same

@@ -11,7 +11,8 @@ import optax
 
 import memmeta as mm
 from memmeta.algorithms import METHODS, Learner
-from memmeta.hypergradient import mixed_mode, unrolled
+from memmeta.hypergradient import implicit, mixed_mode, unrolled
+from memmeta.linear_solve import cg
 from memmeta.models import Network, conv4
 from memmeta.problem import Batch, Task
 
@@ -127,10 +128,17 @@ def _memory_reduced_recomputed(network: Network, steps: int) -> Learner:
     return replace(usual, problem=replace(problem, inner_loss=inner_loss))
 
 
+def _imaml_without_estimate(network: Network, steps: int) -> Learner:
+    """As other libraries: no estimate of the hypergradient's error."""
+    estimator = implicit(cg(CG_STEPS), estimate_error=False)
+    return replace(learner(network, "imaml", steps), estimator=estimator)
+
+
 VARIANTS: dict[str, Callable[..., Learner]] = {
     "maml, remat by step": _with(unrolled("step")),
     "maml, remat by root": _with(unrolled("sqrt")),
     "maml, mixed mode": _with(mixed_mode()),
+    "imaml, no estimate": _imaml_without_estimate,
     "anil, recomputed": _recomputed("anil"),
     "itd_bio, recomputed": _recomputed("itd_bio"),
     "memory_reduced, recomputed": _memory_reduced_recomputed,

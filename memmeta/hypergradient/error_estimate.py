@@ -22,32 +22,46 @@ class Slopes(NamedTuple):
 
 
 def slopes(
-    problem: Problem, params: Params, v: Params, delta: Params, context: Context
+    problem: Problem, params: Params, v: Params, outer: tuple[Params, Context], context: Context
+) -> Slopes:
+    """The derivatives at φ̂: one mixed product.
+
+    Args:
+        problem: its inner loss is used.
+        params: φ̂.
+        v: the linear system's solution.
+        outer: ∂_φ f and ∂_c f at φ̂.
+        context: of one task.
+    """
+    both = lambda p: jax.grad(problem.inner_loss, argnums=(0, 1))(p, context)  # noqa: E731
+    products = jax.jvp(both, (params,), (v,))[1]
+    return Slopes(*jax.tree.map(jnp.subtract, outer, products))
+
+
+def slopes_here_and_there(
+    problem: Problem,
+    params: Params,
+    v: Params,
+    delta: Params,
+    outer: tuple[Params, Context],
+    context: Context,
 ) -> tuple[Slopes, Slopes]:
-    """The derivatives at φ̂ and at φ̂ − δ, each in one pass of the cost of a mixed product.
+    """The derivatives at φ̂ and at φ̂ − δ: two mixed products and a gradient of f.
 
     Args:
         problem: both losses are used.
         params: φ̂.
         v: the linear system's solution.
         delta: δ.
+        outer: ∂_φ f and ∂_c f at φ̂, which are known by then.
         context: of one task.
-
-    Returns:
-        Those at φ̂, and those at φ̂ − δ.
     """
-
-    def at(moved: Scalar) -> Slopes:
-        point = jax.tree.map(lambda p, d: p - moved.astype(p.dtype) * d, params, delta)
-        outer = jax.grad(lambda p, c: problem.outer_loss(p, c)[0], argnums=(0, 1))(point, context)
-        # one after the other, so that the second takes the memory of the first
-        point, outer = jax.lax.optimization_barrier((point, outer))
-        both = lambda p: jax.grad(problem.inner_loss, argnums=(0, 1))(p, context)  # noqa: E731
-        products = jax.jvp(both, (point,), (v,))[1]
-        return Slopes(*jax.tree.map(jnp.subtract, outer, products))
-
-    # in a loop, for the same reason
-    both = jax.lax.map(at, jnp.arange(2.0))
+    moved = jax.tree.map(jnp.subtract, params, delta)
+    again = jax.grad(lambda p, c: problem.outer_loss(p, c)[0], argnums=(0, 1))(moved, context)
+    # the products begin when that is done, and are made in a loop, so that each takes its memory
+    moved, again = jax.lax.optimization_barrier((moved, again))
+    pair = jax.tree.map(lambda x, y: jnp.stack([x, y]), (params, outer), (moved, again))
+    both = jax.lax.map(lambda at: slopes(problem, at[0], v, at[1], context), pair)
     here, there = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
     return here, there
 

@@ -6,7 +6,11 @@ from jaxtyping import Array
 
 from memmeta import trees
 from memmeta.certificate import Measured
-from memmeta.hypergradient.error_estimate import error_estimate, slopes
+from memmeta.hypergradient.error_estimate import (
+    error_estimate,
+    slopes,
+    slopes_here_and_there,
+)
 from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
 from memmeta.hypergradient.on_demand import error_bound, until
 from memmeta.hypergradient.report import Report
@@ -18,7 +22,10 @@ from memmeta.problem import Context, Params, Problem
 
 
 def implicit(
-    solver: LinearSolver | SolverAt = cg(20), *, tolerance: float | Array | None = None
+    solver: LinearSolver | SolverAt = cg(20),
+    *,
+    tolerance: float | Array | None = None,
+    estimate_error: bool = True,
 ) -> Estimator:
     r"""The hypergradient by the implicit function theorem; memory does not grow with K.
 
@@ -33,6 +40,9 @@ def implicit(
             in turn until its certificate says so, or `inner.steps` are made, see `on_demand`. May
             be a traced scalar, to be tightened with the outer iterations by `Scheduled`. None
             makes all inner steps and one solve.
+        estimate_error: whether the report has an `error_estimate`. It costs another gradient of f
+            and another mixed product: next to nothing for a head on cached features, a good part
+            of the time where the whole network adapts. Without it the estimate is infinite.
 
     Returns:
         The estimator.
@@ -65,10 +75,18 @@ def implicit(
         curvature = solution.curvature
         if problem.strong_convexity is not None:
             curvature = problem.strong_convexity(context).astype(curvature.dtype)
-        rate = 1 / jnp.where(curvature > 0, curvature, 1)
-        delta = jax.tree.map(lambda x: rate.astype(x.dtype) * x, gradient)
-        found, there = slopes(problem, params, solution.value, delta, context)
-        mixed = jax.tree.map(jnp.subtract, outer_context, found.context)
+        outer = (outer_params, outer_context)
+        if estimate_error:
+            rate = 1 / jnp.where(curvature > 0, curvature, 1)
+            delta = jax.tree.map(lambda x: rate.astype(x.dtype) * x, gradient)
+            found, there = slopes_here_and_there(
+                problem, params, solution.value, delta, outer, context
+            )
+            mixed = jax.tree.map(jnp.subtract, outer_context, found.context)
+            estimate = error_estimate(found, there, mixed, solution.value, curvature)
+        else:
+            found = slopes(problem, params, solution.value, outer, context)
+            estimate = jnp.full_like(curvature, jnp.inf)
         measured = Measured(
             trees.norm(gradient), trees.norm(found.params), trees.norm(solution.value)
         )
@@ -78,7 +96,7 @@ def implicit(
             linear_residual=solution.residual,
             smallest_curvature=solution.curvature,
             linear_iterations=solution.iterations.astype(loss.dtype),
-            error_estimate=error_estimate(found, there, mixed, solution.value, curvature),
+            error_estimate=estimate,
             standard_error=jnp.zeros_like(loss),
             error_bound=error_bound(problem, params, measured, context),
         )

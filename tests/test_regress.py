@@ -1,0 +1,52 @@
+"""The counts that continuous integration compares, and an option that saves some of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from problems import quadratic_example
+
+import memmeta as mm
+from benchmarks.regress import grown, made_by
+from benchmarks.speed import convolution_flops
+from benchmarks.workloads import Workload
+from memmeta.hypergradient import implicit
+from memmeta.models.convolution import conv
+
+
+def test_what_grew_is_named_and_what_shrank_is_not():
+    limits = {"maml": {"bytes": 100.0, "FLOPs": 100.0, "convolutions": 8}}
+    found = {"maml": {"bytes": 102.0, "FLOPs": 50.0, "convolutions": 8, "compilations": 1}}
+    assert [line[""] for line in grown(found, limits)] == ["GREW", "", "", "NEW"]
+
+
+def test_convolutions_are_counted_as_often_as_loops_run():
+    images, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+
+    def looped(kernel):
+        return jax.lax.scan(lambda x, _: (conv(x, kernel), None), images, length=5)[0].sum()
+
+    assert made_by(jax.make_jaxpr(looped)(kernel).jaxpr) == 5
+    # backwards: one for the kernel and one for the images each
+    assert made_by(jax.make_jaxpr(jax.grad(looped))(kernel).jaxpr) == 15
+
+
+def test_convolution_flops_closed_form():
+    load = Workload(tasks=2, ways=3, shots=1, queries=1, image_shape=(4, 4, 1), width=8, depth=2)
+    first, second = 2 * 16 * 9 * 1 * 8, 2 * 4 * 9 * 8 * 8
+    assert convolution_flops(load) == 12 * (2 * first + 3 * second)
+
+
+def test_without_an_error_estimate_the_gradient_is_the_same(x64):
+    example = quadratic_example()
+    weights = jnp.ones(jax.tree.leaves(example.tasks)[0].shape[0], jnp.float32)
+    loop = mm.InnerLoop(mm.gradient_descent(), steps=5)
+
+    def run(estimate_error):
+        estimator = implicit(estimate_error=estimate_error)
+        given = (example.problem, loop, example.theta, example.tasks)
+        return jax.jit(lambda key: estimator(*given, weights, key))(jax.random.key(0))
+
+    full, lean = run(True), run(False)
+    np.testing.assert_allclose(full.gradient, lean.gradient, rtol=1e-10)
+    assert jnp.isfinite(full.report.error_estimate).all()
+    assert jnp.isinf(lean.report.error_estimate).all()
