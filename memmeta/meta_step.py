@@ -163,18 +163,19 @@ class MetaStep:
         numbers: Int32[Array, " tasks"],
     ) -> tuple[Sums, TaskMetrics]:
         """One device's tasks, chunk by chunk; then the sums of all devices in one message."""
-        finite = jax.vmap(trees.all_finite)(tasks)
-        tasks = jax.tree.map(_zero_where_not(finite), tasks)
         count = numbers.size
         chunk = self.task_chunk or count
-        batch = (tasks, finite.astype(jnp.float32))
-        chunks = jax.tree.map(lambda x: x.reshape(count // chunk, chunk, *x.shape[1:]), batch)
 
         scheduled = isinstance(self.estimator, Scheduled)
         estimator = self.estimator.at(step) if scheduled else self.estimator
 
-        def add_chunk(total: MetaParams, chunk: tuple) -> tuple[MetaParams, TaskMetrics]:
-            found = estimator(self.problem, self.inner, meta_params, *chunk, draw)
+        def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, TaskMetrics]:
+            # Cut out here, and blanked here: the whole batch is never copied.
+            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk), tasks)
+            finite = jax.vmap(trees.all_finite)(some)
+            some = jax.tree.map(_zero_where_not(finite), some)
+            weights = finite.astype(jnp.float32)
+            found = estimator(self.problem, self.inner, meta_params, some, weights, draw)
             # The last resort: a product that overflowed in the pull-back of finite cotangents.
             sound = trees.all_finite(found.gradient)
             total = jax.tree.map(
@@ -185,7 +186,8 @@ class MetaStep:
 
         floats, _ = trees.split_inexact(meta_params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
-        total, per_task = jax.lax.scan(add_chunk, zeros, chunks)
+        firsts = jnp.arange(0, count, chunk, dtype=jnp.int32)
+        total, per_task = jax.lax.scan(add_chunk, zeros, firsts)
         per_task = jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), per_task)
         shards = devices.shards(self.mesh)
         summed = sums(total, per_task, numbers[0] // count, shards)

@@ -56,14 +56,13 @@ def slopes_here_and_there(
         outer: ∂_φ f and ∂_c f at φ̂, which are known by then.
         context: of one task.
     """
+    here = slopes(problem, params, v, outer, context)
     moved = jax.tree.map(jnp.subtract, params, delta)
-    again = jax.grad(lambda p, c: problem.outer_loss(p, c)[0], argnums=(0, 1))(moved, context)
-    # the products begin when that is done, and are made in a loop, so that each takes its memory
-    moved, again = jax.lax.optimization_barrier((moved, again))
-    pair = jax.tree.map(lambda x, y: jnp.stack([x, y]), (params, outer), (moved, again))
-    both = jax.lax.map(lambda at: slopes(problem, at[0], v, at[1], context), pair)
-    here, there = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
-    return here, there
+    # each pass begins when the one before is done, and takes its memory
+    moved, here = jax.lax.optimization_barrier((moved, here))
+    outer = jax.grad(lambda p, c: problem.outer_loss(p, c)[0], argnums=(0, 1))(moved, context)
+    moved, outer = jax.lax.optimization_barrier((moved, outer))
+    return here, slopes(problem, moved, v, outer, context)
 
 
 def error_estimate(
