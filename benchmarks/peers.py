@@ -115,13 +115,14 @@ def ours(made: Any, params: Any, batch: Any, mesh: Any) -> Callable[[], tuple[fl
     return one
 
 
-def measure(case: Case, tasks: int, repeats: int, mesh: Any) -> list[Row]:
+def measure(case: Case, options: argparse.Namespace, mesh: Any) -> list[Row]:
     """The rows of one comparison."""
-    made, same = contestants(case, tasks, mesh)
+    made, same = contestants(case, options.tasks, mesh)
+    made = {name: one for name, one in made.items() if name not in options.without}
     first = {name: one() for name, one in made.items()}
     wanted = first["memmeta"] if same is made["memmeta"] else first["memmeta, recomputed"]
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name, one in made.items():
             if sum(seconds[name]) > PATIENCE:
                 continue
@@ -162,7 +163,7 @@ def work(options: argparse.Namespace, threads: int) -> None:
     jax.config.update("jax_compilation_cache_dir", str(Path(".jax_cache").absolute()))
     mesh = task_mesh(jax.devices()) if threads > 1 else None
     for case in chosen(options):
-        for row in measure(case, options.tasks, options.repeats, mesh):
+        for row in measure(case, options, mesh):
             print(json.dumps({"threads": threads, **row}), flush=True)
 
 
@@ -198,7 +199,7 @@ def in_process(arguments: list[str], threads: int) -> list[Row]:
         assert process.stdout is not None
         for line in process.stdout:
             rows.append(json.loads(line))
-            print(f"{threads} {rows[-1]['case']} {rows[-1]['who']}", file=sys.stderr, flush=True)
+            print(threads, *rows[-1].values(), file=sys.stderr, flush=True)
     if process.returncode:
         raise SystemExit(f"the measuring process ended with {process.returncode}")
     return rows
@@ -257,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tasks", type=int, default=8, help="of workloads b, default 8")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="peers to leave out, by name")
     parser.add_argument("--out", type=Path, default=Path("build/peers"))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
