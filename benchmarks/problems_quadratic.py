@@ -34,12 +34,14 @@ class Family:
         coupling: β.
         convex: which f.
         spread: standard deviation of the targets about a common one.
+        scale: of the targets, one number or one a coordinate.
     """
 
     spectrum: Float[Array, " dim"]
     coupling: Float[Array, " dim"]
     convex: bool = True
     spread: float = 1.0
+    scale: float | Float[Array, " dim"] = 1.0
 
     def sample(self, key: Array, count: int) -> Tasks:
         """`count` independent tasks."""
@@ -47,7 +49,8 @@ class Family:
         direction = jax.random.normal(keys[0], (count, self.spectrum.size))
         direction /= jnp.linalg.norm(direction, axis=-1, keepdims=True)
         centre = jax.random.normal(keys[1], self.spectrum.shape)
-        return Tasks(direction, centre + self.spread * jax.random.normal(keys[2], direction.shape))
+        target = centre + self.spread * jax.random.normal(keys[2], direction.shape)
+        return Tasks(direction, self.scale * target)
 
     def product(self, task: Tasks, x: Array, power: int = 1) -> Array:
         """A_i^power x."""
@@ -55,6 +58,14 @@ class Family:
 
     def residual_loss(self, r: Array) -> Array:
         return 0.5 * jnp.sum(r**2) if self.convex else jnp.sum(r**2 / (1 + r**2))
+
+    def loss(self, theta: Array, tasks: Tasks) -> Array:
+        """F, in closed form; not negative."""
+
+        def one(task: Tasks) -> Array:
+            return self.residual_loss(self.product(task, self.coupling * theta, -1) - task.target)
+
+        return jnp.mean(jax.vmap(one)(tasks))
 
     def gradient(self, theta: Array, tasks: Tasks) -> Array:
         """∇F, in closed form."""
