@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, PyTree
 
-from memmeta import trees
+from memmeta import devices, trees
 from memmeta.hypergradient import Memory, Warm
 from memmeta.meta_step import MetaState, MetaStep, Metrics
 from memmeta.problem import Batch, MetaParams
@@ -37,9 +38,9 @@ class WarmStart:
 
     $$\phi_i^{t+1} = \text{inner}(\phi_i^t), \qquad v_i^{t+1} = \text{solver}(v_i^t)$$
 
-    Costs 2 · size · dim φ numbers, on the devices (shard them with `jax.device_put` of the state)
-    or in the host's memory. Fresh tasks, for evaluation or an infinite set, start cold: use the
-    meta-step itself.
+    Costs 2 · size · dim φ numbers (`memory_bytes`), spread over the devices of the meta-step's mesh
+    where they divide `size`, or in the host's memory. Fresh tasks, for evaluation or an infinite
+    set, start cold: call the meta-step itself, `step.step(state.meta, tasks)`.
 
     Attributes:
         step: made by `make_meta_step`, with an estimator that remembers, such as `implicit`.
@@ -95,7 +96,11 @@ class WarmStart:
 
         params = jax.tree.map(lambda leaf: rows(jnp.asarray(leaf)), start)
         zeros = jax.tree.map(library.zeros_like, params)
-        return WarmState(self.step.init(meta_params, key), Memory(params, zeros))
+        memory = Memory(params, zeros)
+        mesh = self.step.mesh
+        if not self.on_host and self.size % devices.shards(mesh) == 0:
+            memory = devices.place(mesh, memory, P(devices.TASKS))
+        return WarmState(self.step.init(meta_params, key), memory)
 
     def __call__(
         self, state: WarmState, tasks: Batch, numbers: Int[Array, " tasks"]

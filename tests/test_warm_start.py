@@ -82,6 +82,20 @@ def test_host_memory_and_part_of_the_tasks(x64):
     assert steps[0].memory_bytes(states[0]) == 2 * 5 * 6 * 8
 
 
+def test_the_memory_is_spread_over_a_mesh(x64):
+    tasks, theta = quadratic_tasks(jax.random.key(0), 4), jnp.ones(4)
+    mesh = mm.devices.task_mesh(jax.devices()[:2])
+    found = []
+    for step in (make_step(2, 2), make_step(2, 2, mesh=mesh)):
+        warm = WarmStart(step, 4)
+        state = warm.init(theta)
+        for _ in range(3):
+            state, _ = warm(state, tasks, jnp.arange(4))
+        found.append(state)
+    assert found[1].memory.params.sharding.spec == jax.sharding.PartitionSpec("tasks")
+    np.testing.assert_allclose(found[0].memory.params, found[1].memory.params, rtol=1e-12)
+
+
 def test_a_broken_task_keeps_its_memory(x64):
     tasks = quadratic_tasks(jax.random.key(0))
     step = WarmStart(make_step(2, 2), 5)
