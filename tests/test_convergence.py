@@ -1,4 +1,4 @@
-"""The convergence experiments run, and what they show in a minute's share holds."""
+"""An experiment runs from its command to its table, JSON file and picture; fits are right."""
 
 import json
 
@@ -7,11 +7,11 @@ import pytest
 from benchmarks import convergence, fits
 
 
-def test_quick_run_of_two_experiments(tmp_path, capsys):
-    arguments = ["--quick", "--only", "deterministic", "memory", "--out", str(tmp_path)]
+def test_quick_run_of_one_experiment(tmp_path, capsys):
+    arguments = ["--quick", "--only", "memory", "--out", str(tmp_path)]
     assert convergence.main(arguments), capsys.readouterr().out
     found = json.loads((tmp_path / "convergence.json").read_text())
-    assert set(found) == {"deterministic", "memory"}
+    assert set(found) == {"memory"}
     assert (tmp_path / "convergence.png").stat().st_size > 10_000
     assert "holds" in capsys.readouterr().out
 
