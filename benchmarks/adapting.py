@@ -8,6 +8,7 @@ Temporary memory of one compiled meta-step, as the compiler reports it (nothing 
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,13 @@ def megabytes(make: Callable[..., Learner], steps: int, size: int, width: int) -
     network = mm.models.conv4(5, width=width, image_shape=(size, size, 3), head_scale=1.0)
     learner = make(network, inner=mm.InnerLoop(optax.sgd(RATE), steps=steps))
     step = learner.make_meta_step(optax.adam(1e-3))
-    labels = jax.ShapeDtypeStruct((1, 25), jnp.int32)
-    images = jax.ShapeDtypeStruct((1, 25, size, size, 3), jnp.uint8)
+    # shapes stand in for arrays: nothing is run
+    labels: Any = jax.ShapeDtypeStruct((1, 25), jnp.int32)
+    images: Any = jax.ShapeDtypeStruct((1, 25, size, size, 3), jnp.uint8)
     state = jax.eval_shape(step.init, jax.eval_shape(learner.init, jax.random.key(0)))
     tasks = mm.Task(images, labels, images, labels)
-    analysis = step.compiled.lower(state, tasks).compile().memory_analysis()
+    program: Any = step.compiled
+    analysis = program.lower(state, tasks).compile().memory_analysis()
     return analysis.temp_size_in_bytes / 1e6
 
 
