@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -115,8 +115,8 @@ def run_evaluate(command: Evaluate) -> None:
     from memmeta.train import final_report, make_trainer
 
     folder = RunFolder(command.run)
-    changes = {"episodes": command.episodes, "test_steps": command.test_steps}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    given = {"episodes": command.episodes, "test_steps": command.test_steps}
+    changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     trainer = make_trainer(replace(folder.config(), **changes))
     state = checkpoints.restore(folder.checkpoints, trainer.init())
     progress.print_report(final_report(trainer, trainer.compile(), state, folder))
@@ -182,7 +182,7 @@ def _run(arguments: list[str]) -> int:
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(stored))]
     evaluate = Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     command: Train | Evaluate = tyro.cli(
-        train | evaluate,  # type: ignore[arg-type]
+        train | evaluate,
         prog="memmeta",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),

@@ -37,5 +37,5 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: processes.any_of_all(bool(asked))
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for held, handler in previous.items():
+            signal.signal(held, handler)

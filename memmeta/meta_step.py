@@ -117,7 +117,7 @@ class MetaStep:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
             updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats)
             updated = (optax.apply_updates(floats, updates), optimizer)
-        any_usable = jnp.any(metrics.counts.masked < metrics.tasks.usable.size)
+        any_usable = metrics.counts.masked < trees.leading_size(tasks, "tasks")
         usual, exploding = _follow(state.usual, metrics.gradient_norm, any_usable)
         floats, optimizer = jax.tree.map(
             lambda new, old: jnp.where(any_usable & ~exploding, new, old),
@@ -166,8 +166,8 @@ class MetaStep:
         count = numbers.size
         chunk = self.task_chunk or count
 
-        scheduled = isinstance(self.estimator, Scheduled)
-        estimator = self.estimator.at(step) if scheduled else self.estimator
+        given = self.estimator
+        estimator: Estimator = given.at(step) if isinstance(given, Scheduled) else given
 
         def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, TaskMetrics]:
             # Cut out here, and blanked here: the whole batch is never copied.

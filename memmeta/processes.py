@@ -98,9 +98,13 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             )
             for number in range(count)
         ]
+
+        def pass_on(number: int, _: Any) -> None:
+            for child in children:
+                child.send_signal(number)
+
         previous = {
-            number: signal.signal(number, lambda n, _: [child.send_signal(n) for child in children])
-            for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             return _wait(children)

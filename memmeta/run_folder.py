@@ -115,8 +115,10 @@ class RunFolder:
         if processes.is_first():
             leaves = jax.tree_util.tree_leaves_with_path(tasks)
             names = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves]
-            arrays = [np.asarray(leaf) for _, leaf in leaves]
-            np.savez(path, **dict(zip(names, arrays, strict=True)))
+            arrays: dict[str, Any] = {
+                name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)
+            }
+            np.savez(path, **arrays)
         return path
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32, Key
 from memmeta import checkpoints, devices
 from memmeta.algorithms import Learner
 from memmeta.config import Config, UserError
-from memmeta.data import Dataset, Episodes, load
+from memmeta.data import DataError, Dataset, Episodes, Split, load
 from memmeta.evaluate import Interval, confidence_interval
 from memmeta.interruption import Interrupted, Stopped, interruptible
 from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
@@ -152,7 +152,7 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
         ValueError: the tasks cannot be shared out evenly over the devices.
     """
     names = ("train", "validation", "test")
-    splits = {name: load(config.data, name, config.data_dir) for name in names}
+    splits = {name: _classes(load(config.data, name, config.data_dir)) for name in names}
     episodes = config.episodes_of(cross_family=config.cross_family)
     for dataset in splits.values():
         episodes.check(dataset)
@@ -168,6 +168,15 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     )
     placed = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}
     return Trainer(config, learner, meta_step, placed)
+
+
+def _classes(split: Split) -> Dataset:
+    if not isinstance(split, Dataset):
+        raise DataError(
+            f"data: {split.name} has curves, and the command line trains classifiers; use a "
+            "Problem of your own with memmeta.make_meta_step, or a data set of classes"
+        )
+    return split
 
 
 def default_chunk(tasks: int) -> int:
@@ -197,7 +206,8 @@ def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
     smallest = needed
     if chunk > 1:
         one = replace(trainer, meta_step=replace(step, task_chunk=1)).compile()
-        smallest = round((devices.needed_bytes(one) or 0) * needed / devices.needed_bytes(block))
+        of_block = devices.needed_bytes(block) or needed
+        smallest = round((devices.needed_bytes(one) or 0) * needed / of_block)
     if smallest > free:
         raise UserError(
             f"task_chunk: {found}, and with --task-chunk 1 it would still need "
@@ -251,12 +261,12 @@ def train(
     with interruptible() as interrupted:
         while (step := int(state.step)) < config.meta_steps:
             count = min(config.log_every - step % config.log_every, config.meta_steps - step)
-            before = jax.tree.map(jnp.copy, state) if strict else None
+            before = jax.tree.map(jnp.copy, state) if strict else state
             began = time.perf_counter()
             state, metrics = block(state, trainer.splits["train"], jnp.int32(count))
             jax.block_until_ready(state)
             seconds = time.perf_counter() - began
-            if strict and sum(map(int, metrics.counts)):
+            if strict and sum(int(count) for count in metrics.counts):
                 raise _stop(trainer, block, folder, before)
             step += count
             line = log_point(step, metrics, count * config.tasks / seconds)
@@ -284,7 +294,7 @@ def _stop(
     while True:
         before = jax.tree.map(jnp.copy, state)
         state, metrics = block(state, dataset, jnp.int32(1))
-        if sum(map(int, metrics.counts)):
+        if sum(int(count) for count in metrics.counts):
             break
     step = int(before.step)
     checkpoints.save(folder.checkpoints, step, before)
