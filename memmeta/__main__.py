@@ -1,4 +1,4 @@
-"""The command line: `memmeta train` and `memmeta evaluate`.
+"""The command line: `memmeta train`, `memmeta evaluate` and `memmeta report`.
 
 Exit codes: 0 done; 1 something to mend, said in one line; 2 options that cannot be read; 3 a run
 with --strict met trouble; 75 SIGTERM or SIGINT came and the state is saved, go on with --resume;
@@ -59,6 +59,18 @@ class Evaluate:
     """Test episodes; None: as in the run."""
     test_steps: int | None = None
     """Steps of the inner loop; None: as in the run."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one HTML page, and its pictures as PNGs, that shows runs side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, at least one."""
+    out: Path = Path("report.html")
+    """The page; the PNGs go into a folder of its name without the suffix."""
+    episodes: int = 100
+    """Test episodes of each group of classes."""
 
 
 def run_train(command: Train) -> None:
@@ -122,6 +134,19 @@ def run_evaluate(command: Evaluate) -> None:
     progress.print_report(final_report(trainer, trainer.compile(), state, folder))
 
 
+def run_report(command: Report) -> None:
+    """`memmeta report`."""
+    from memmeta import report
+
+    if not command.runs:
+        raise UserError("runs: found none, expected at least one run folder")
+    if command.episodes < 2:
+        raise UserError(f"episodes: expected at least 2, found {command.episodes}")
+    runs = report.judge_all(command.runs, command.episodes)
+    for path in report.write(runs, command.out, command.episodes):
+        print(path)
+
+
 def _stored_default(arguments: Sequence[str]) -> Config:
     """With --resume, the options the run was made with are the defaults."""
     if "--resume" in arguments and "--run" in arguments[:-1]:
@@ -181,14 +206,18 @@ def _run(arguments: list[str]) -> int:
     stored = _stored_default(arguments)
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(stored))]
     evaluate = Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    command: Train | Evaluate = tyro.cli(
-        train | evaluate,
+    report = Annotated[Report, tyro.conf.subcommand("report")]
+    command: Train | Evaluate | Report = tyro.cli(
+        train | evaluate | report,
         prog="memmeta",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     if isinstance(command, Evaluate):
         run_evaluate(command)
+        return 0
+    if isinstance(command, Report):
+        run_report(command)
         return 0
     if command.resume and command.run is None:
         raise UserError("--resume: name the run folder to go on with, by --run")

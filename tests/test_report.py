@@ -60,6 +60,15 @@ def test_the_page_shows_the_run(run, judged, tmp_path):
     assert {path.stem for path in written} >= {"loss", "accuracy", "groups", "memory"}
 
 
+def test_the_command_writes_the_page(run, tmp_path, capsys):
+    page = tmp_path / "both.html"
+    assert main(["report", str(run), str(run), f"--out={page}", "--episodes=2"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(page)
+    assert page.read_text(encoding="utf-8").count("<h3>") > 2
+    assert main(["report", str(tmp_path / "none")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_the_page_needs_no_network(judged, tmp_path):
     page = tmp_path / "report.html"
     write([judged], page, episodes=2)
