@@ -1,5 +1,6 @@
 # make train  meta-trains the paper's method on glyphs      make test  runs the tests
 # make lint   formatter, linter, type checker, import rules make clean removes what the others made
+# make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
 # Each first makes .venv with the pinned versions of requirements.lock.
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup train test lint format docs lock clean
+.PHONY: setup train test regress lint format docs clean
 
 setup: $(READY)
 
@@ -27,6 +28,10 @@ train: $(READY)
 test: $(READY)
 	@echo "memmeta: running the tests, slowest listed last"
 	@$(BIN)/pytest -n 2 --durations=15 $(ARGS)
+
+regress: $(READY)
+	@echo "memmeta: comparing fixed counts of cost with their limits"
+	@$(BIN)/python -m benchmarks.regress
 
 lint: $(READY)
 	@echo "memmeta: formatter, linter, type checker, import rules"
