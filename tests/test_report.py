@@ -6,6 +6,7 @@ import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -122,7 +123,7 @@ def test_probabilities_are_those_of_the_head(run, judged):
     folder = RunFolder(run)
     trainer = make_trainer(folder.config())
     state = checkpoints.restore(folder.checkpoints, trainer.init())
-    problem, task = trainer.learner.problem, judged.episode.task
+    problem, task = trainer.learner.problem, jax.tree.map(jnp.asarray, judged.episode.task)
     context = problem.embed(state.meta_params, task)
     params = trainer.learner.inner(problem, problem.init(state.meta_params), context)
     logits = context.query_features @ params["kernel"] + params["bias"]

@@ -58,7 +58,12 @@ def power_iteration(problem: Problem, params: Params, context: Context) -> Scala
         The estimate, positive.
 
     Example:
-        >>> g = Problem(None, lambda phi, c: jnp.sum(c * phi**2) / 2, None, None)
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: jnp.sum(c * phi**2) / 2,
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ... )
         >>> float(power_iteration(g, jnp.ones(2), jnp.array([1.0, 5.0])).round(3))
         5.0
     """

@@ -90,7 +90,12 @@ class InnerLoop:
             positive.
 
     Example:
-        >>> g = Problem(None, lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2), None, None)
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2),
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ... )
         >>> loop = InnerLoop(optax.sgd(0.5), steps=20)
         >>> loop(g, jnp.zeros(2), jnp.array([1.0, 2.0])).round(3).tolist()
         [1.0, 2.0]

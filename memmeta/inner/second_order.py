@@ -28,7 +28,12 @@ def hessian_product(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> g = Problem(None, lambda phi, c: jnp.sum(c * phi**2) / 2, None, None)
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: jnp.sum(c * phi**2) / 2,
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ... )
         >>> gradient, product = hessian_product(g, jnp.ones(2), jnp.array([1.0, 5.0]))
         >>> gradient.tolist(), product(jnp.ones(2)).tolist()
         ([1.0, 5.0], [1.0, 5.0])
