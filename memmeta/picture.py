@@ -1,5 +1,6 @@
 """The learning curve of a run as a PNG."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     if any((line["loss"] or 0) > 0 for line in lines):
         left.set(yscale="log")
     if lines and "accuracy" in lines[0]:
-        accuracy = [100 * line["accuracy"] for line in lines]
+        accuracy = percent(lines, "accuracy")
         right.plot(steps, accuracy, color="tab:blue", label="training tasks")
     checked = [line for line in lines if "validation_accuracy" in line]
     if checked:
         right.errorbar(
             [line["step"] for line in checked],
-            [100 * line["validation_accuracy"] for line in checked],
-            yerr=[100 * line["validation_interval"] for line in checked],
+            percent(checked, "validation_accuracy"),
+            yerr=percent(checked, "validation_interval"),
             color="tab:orange",
             marker="o",
             capsize=3,
@@ -39,3 +40,13 @@ def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def percent(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """A figure of every log point in percent; NaN, which leaves a gap, where it was no number.
+
+    Example:
+        >>> percent([{"accuracy": 0.5}, {"accuracy": None}], "accuracy")
+        [50.0, nan]
+    """
+    return [math.nan if line[key] is None else 100 * line[key] for line in lines]
