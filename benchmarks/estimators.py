@@ -4,9 +4,9 @@
 
 For each number T of inner steps (gradient descent at 1/L): the error against the exact
 hypergradient of the inner solution, relative to its length; seconds of one hypergradient of 4
-tasks, as the median and range of rounds in which the estimators take turns; temporary bytes of
-the compiled program. For estimators that draw directions the error is the root mean square over
-keys. Prints a table for each problem; writes estimators.json and estimators.png.
+tasks, as the median and range of rounds in which the estimators take turns; temporary bytes of the
+compiled program. For estimators that draw directions the error is the root mean square over keys.
+Prints a table for each problem; writes estimators.json and estimators.png.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Two few-shot problems that estimators are compared on: a linear head, and a whole network.
 
-Both are strongly convex enough, or held to θ firmly enough, that gradient descent goes from far
-off to rounding as T goes from 1 to 1000.
+Both are strongly convex enough, or held to θ firmly enough, that gradient descent goes from far off
+to rounding as T goes from 1 to 1000.
 """
 
 from typing import Any, NamedTuple
