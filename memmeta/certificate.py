@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from memmeta import trees
+from memmeta.inner import hessian_product
 from memmeta.lanczos import extreme_eigenvalues
 from memmeta.problem import Constants, Context, Params, Problem, Scalar
 
@@ -155,9 +156,7 @@ def certify_measured(
 
 def measure(problem: Problem, params: Params, solution: Params, context: Context) -> Measured:
     """‖∇_φ g‖, ‖r‖ and ‖v̂‖ at φ̂ and v̂; arguments as for `certify`."""
-    gradient, product = jax.linearize(
-        lambda phi: jax.grad(problem.inner_loss)(phi, context), params
-    )
+    gradient, product = hessian_product(problem, params, context)
     outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
     residual = jax.tree.map(jnp.subtract, outer, product(solution))
     return Measured(trees.norm(gradient), trees.norm(residual), trees.norm(solution))
@@ -211,9 +210,7 @@ def estimate(
 
         return jax.grad(difference, argnums=(0, 1))(phi, active)
 
-    gradient, product = jax.linearize(
-        lambda phi: jax.grad(problem.inner_loss)(phi, context), params
-    )
+    gradient, product = hessian_product(problem, params, context)
     measured = measure(problem, params, solution, context)
     length = jnp.where(measured.gradient > 0, measured.gradient, 1)
     direction = jax.tree.map(lambda g: g / length.astype(g.dtype), gradient)

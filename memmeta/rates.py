@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from memmeta import certificate, trees
 from memmeta.certificate import Measured
 from memmeta.hypergradient import implicit
-from memmeta.inner import InnerLoop, accelerated
+from memmeta.inner import InnerLoop, accelerated, hessian_product
 from memmeta.lanczos import extreme_eigenvalues
 from memmeta.linear_solve import cg
 from memmeta.meta_step import MetaStep, make_meta_step
@@ -177,7 +177,7 @@ def _measured(problem: Problem, meta_params: MetaParams, tasks: Batch) -> tuple[
 def _inner(problem: Problem, meta_params: MetaParams, task: Any) -> _Inner:
     context, start = problem.embed(meta_params, task), problem.init(meta_params)
     params = REFERENCE(problem, start, context)
-    _, product = jax.linearize(lambda phi: jax.grad(problem.inner_loss)(phi, context), params)
+    _, product = hessian_product(problem, params, context)
     outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
     solution = cg(REFERENCE_CG)(product, outer).value
     smallest, largest = extreme_eigenvalues(product, outer, 20)

@@ -33,11 +33,15 @@ TINY = [
 
 
 def start(path, *options, steps=12):
-    """A real run of its own process, on one device."""
-    environment = os.environ | {"XLA_FLAGS": ""}
+    """A small run, or the rest of one, of its own process, on one device."""
+    new = [] if "--resume" in options else [*TINY, f"--meta-steps={steps}"]
+    return start_with(path, *options, *new)
+
+
+def start_with(path, *options):
+    """A real run of its own process, without this one's simulated devices."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "memmeta", "train", "--run", str(path), *options]
-    if "--resume" not in options:
-        command += [*TINY, f"--meta-steps={steps}"]
     return subprocess.Popen(
         command,
         env=environment,

@@ -3,27 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
-from test_faults import TINY, final_state, lines, wait_for_lines
+from test_faults import TINY, final_state, lines, start_with, wait_for_lines
 
 from memmeta import checkpoints, processes
 from memmeta.__main__ import main
-
-
-def start(path, *options):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "memmeta", "train", "--run", str(path), *options]
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def assert_close(first, second):
@@ -42,7 +28,7 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
-    process = start(tmp_path / "two", *TINY, "--meta-steps=4", "--processes=2")
+    process = start_with(tmp_path / "two", *TINY, "--meta-steps=4", "--processes=2")
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert_close(alone, tmp_path / "two")
@@ -53,7 +39,7 @@ def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
 def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
     steps = "--meta-steps=3000"
     path = tmp_path / "died"
-    process = start(path, *TINY, steps, "--processes=2")
+    process = start_with(path, *TINY, steps, "--processes=2")
     wait_for_lines(path, process, 3)
     children = children_of(process.pid)
     os.kill(children[-1], signal.SIGKILL)
@@ -61,7 +47,7 @@ def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
     assert process.returncode == 1
     assert "go on with --resume" in errors
     done = checkpoints.whole(path / "checkpoints")[0]
-    process = start(path, "--resume", "--devices=1")
+    process = start_with(path, "--resume", "--devices=1")
     wait_for_lines(path, process, done + 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
@@ -72,7 +58,7 @@ def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_two_processes(tmp_path):
     path = tmp_path / "stopped"
-    process = start(path, *TINY, "--meta-steps=3000", "--processes=2")
+    process = start_with(path, *TINY, "--meta-steps=3000", "--processes=2")
     wait_for_lines(path, process, 3)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]

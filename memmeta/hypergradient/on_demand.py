@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from memmeta import certificate, trees
 from memmeta.certificate import Measured
-from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner import InnerLoop, InnerState, hessian_product
 from memmeta.linear_solve import LinearSolver, SolverAt
 from memmeta.problem import Context, Params, Problem, Scalar
 
@@ -66,9 +66,7 @@ def until(
     """
 
     def solve(params: Params, guess: Params) -> tuple[Params, Scalar]:
-        gradient, product = jax.linearize(
-            lambda phi: jax.grad(problem.inner_loss)(phi, context), params
-        )
+        gradient, product = hessian_product(problem, params, context)
         outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
         made = solver.make(problem, params, context) if isinstance(solver, SolverAt) else solver
         found = made(product, outer, guess)
