@@ -67,6 +67,16 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [jnp.bool_(True)]))
 
 
+def where(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    """`yes` or `no`, whole trees.
+
+    Example:
+        >>> where(jnp.bool_(False), {"a": jnp.ones(2)}, {"a": jnp.zeros(2)})["a"].tolist()
+        [0.0, 0.0]
+    """
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
 def norm(tree: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of a tree, without overflow or underflow of the squares.
 
@@ -171,7 +181,7 @@ def _through(equation: Any, inputs: list[bool]) -> list[bool]:
     if name in ("pjit", "jit") and isinstance(params["jaxpr"], ClosedJaxpr):
         return _reached(params["jaxpr"], inputs)
     if name == "scan":
-        return _looped(params["jaxpr"], inputs, params["num_consts"], params["num_carry"])
+        return _looped(params["jaxpr"], inputs, *_kinds_of(params))
     if name == "while":
         skipped, constants = params["cond_nconsts"], params["body_nconsts"]
         count = len(inputs) - skipped - constants
@@ -179,6 +189,14 @@ def _through(equation: Any, inputs: list[bool]) -> list[bool]:
         ended_by = _reached(params["cond_jaxpr"], inputs[:skipped] + outputs)
         return [mark or any(ended_by) for mark in outputs]
     return [any(inputs)] * len(equation.outvars)
+
+
+def _kinds_of(scan: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants, and how many are carried."""
+    if "ft_in" not in scan:
+        return scan["num_consts"], scan["num_carry"]
+    constants, carry, _ = scan["ft_in"].unpack()  # the form differs between versions of JAX
+    return len(list(constants)), len(list(carry))
 
 
 def _looped(body: ClosedJaxpr, inputs: list[bool], constants: int, carried: int) -> list[bool]:
