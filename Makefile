@@ -2,14 +2,16 @@
 # make lint   formatter, linter, type checker, import rules make clean removes what the others made
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
-# Each first makes .venv with the pinned versions of requirements.lock.
+# make test-latest  the tests on the newest Python from 3.12 on, with the newest packages, in .venv-latest
+# Each but the last first makes .venv with the pinned versions of requirements.lock.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
 READY := $(VENV)/.ready
 
-.PHONY: setup train test regress lint format docs clean
+.PHONY: setup train test test-latest regress lint format docs clean
 
 setup: $(READY)
 
@@ -28,6 +30,15 @@ train: $(READY)
 test: $(READY)
 	@echo "memmeta: running the tests, slowest listed last"
 	@$(BIN)/pytest -n 2 --durations=15 $(ARGS)
+
+test-latest:
+	@newest="$(or $(NEWEST),$$(scripts/newest_python.sh))" \
+	&& echo "memmeta: the newest packages for $$($$newest --version), in $(LATEST) (some minutes the first time)" \
+	&& (test -x $(LATEST)/bin/pip || $$newest -m venv $(LATEST))
+	@sed 's/==.*//' requirements.lock | $(LATEST)/bin/pip install --quiet --disable-pip-version-check --upgrade -r /dev/stdin
+	@$(LATEST)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(LATEST)/bin/pip list --disable-pip-version-check | grep -E '^(flax|jax|numpy|optax|orbax-checkpoint) '
+	@$(LATEST)/bin/pytest -n 2 --durations=15 $(ARGS)
 
 regress: $(READY)
 	@echo "memmeta: comparing fixed counts of cost with their limits"
@@ -49,4 +60,4 @@ docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) .jax_cache .mypy_cache .ruff_cache .hypothesis dist site
+	rm -rf $(VENV) $(LATEST) .jax_cache .mypy_cache .ruff_cache .hypothesis dist site
