@@ -1,5 +1,6 @@
 """Claims of cost: steps for an accuracy, products for an accuracy, memory."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,18 @@ from jaxtyping import Array
 
 import memmeta as mm
 from benchmarks.experiment import (
+    LONGER,
     Experiment,
+    Footprint,
     Method,
     Step,
     compiled,
+    flat,
+    footprints,
     ill_conditioned,
     meta_step,
     run,
+    temporary_megabytes,
 )
 from benchmarks.fits import Claim, Fit, geometric, over_seeds, slope
 from benchmarks.problems_quadratic import Family
@@ -61,8 +67,29 @@ def error_against_steps(keys: Array, quick: bool) -> Experiment:
         fit = slope(conditions, measured)
         close = fit.low - 0.15 <= power <= fit.high + 0.15
         claims.append(Claim(f"{name}: rate ∝ κ^p", f"p = {power:g} (± 0.15)", fit, close))
+    kinds = error_footprints(Family(jnp.linspace(1.0, 10.0, dim), jnp.ones(dim)))
+    claims.append(flat(kinds, "error"))
+    memory = {name: kinds[name.split(",")[0]] for name in curves}
     axes = ("K, or CG steps", "‖∇̂F − ∇F‖")
-    return Experiment("Hypergradient error: geometric in K and in CG steps", axes, curves, claims)
+    title = "Hypergradient error: geometric in K and in CG steps"
+    return Experiment(title, axes, curves, claims, memory=memory)
+
+
+def error_footprints(family: Family) -> dict[str, Footprint]:
+    """The memory of a meta-step against inner steps of two kinds, and against CG steps."""
+
+    def inner(fast: bool) -> Callable[[mm.Problem, Array], Step]:
+        return lambda problem, rate: meta_step(problem, 30, implicit(cg(20)), rate, fast=fast)
+
+    found = footprints({"gradient descent": inner(False), "accelerated": inner(True)}, family, 1)
+    drawn = jax.eval_shape(lambda: family.sample(jax.random.key(0), 1))
+
+    def linear(steps: int) -> float:
+        step = meta_step(family.problem(), 30, implicit(cg(steps)), 0.1)
+        return temporary_megabytes(step, jnp.zeros_like(family.coupling), drawn)
+
+    few = 4
+    return found | {"CG": Footprint((few, LONGER * few), (linear(few), linear(LONGER * few)))}
 
 
 def inner_errors(key: Array, family: Family, most: int) -> dict[str, Array]:
@@ -139,6 +166,7 @@ def complexity(keys: Array, quick: bool) -> Experiment:
     family = ill_conditioned(40, convex=True)
     levels = np.geomspace(0.3, 1e-2 if quick else 1e-4, 8)
     curves, claims, lines = {}, [], []
+    memory: dict[str, Footprint] = {}
     chosen = methods(tasks)
     if quick:
         chosen = {name: chosen[name] for name in ("memory_reduced", "SOBA-type single loop")}
@@ -156,6 +184,7 @@ def complexity(keys: Array, quick: bool) -> Experiment:
             lines.append(f"{name:24} reaches no two of the levels")
             continue
         curves[name] = (levels[met], best[:, met])
+        memory |= footprints({name: settings[-1].make}, family, tasks)
         last = best[:, met][:, -1]
         lines.append(
             f"{name:24} ε = {levels[met][-1]:.1g} after {np.median(last):.0f} products a task"
@@ -164,8 +193,9 @@ def complexity(keys: Array, quick: bool) -> Experiment:
         claims.append(
             Claim(f"products to reach ε ∝ ε^-p, {name}", "p ≤ 1", negated(fit), -fit.low <= 1)
         )
+    claims.append(flat({n: m for n, m in memory.items() if "ITD" not in n}, "complexity"))
     axes = ("ε, relative to the start", "gradients + Hessian-vector products a task")
-    return Experiment("Complexity", axes, curves, claims, tuple(lines))
+    return Experiment("Complexity", axes, curves, claims, tuple(lines), memory)
 
 
 def negated(fit: Fit) -> Fit:
@@ -179,12 +209,6 @@ def memory(keys: Array, quick: bool) -> Experiment:
     steps = np.array([20, 200] if quick else [2, 20, 200, 2000])
     drawn = jax.eval_shape(lambda: family.sample(keys[0], tasks))
     theta = jnp.zeros(dim)
-
-    def temporary(step: Step) -> float:
-        extra = (jax.ShapeDtypeStruct((tasks,), jnp.int32),) if isinstance(step, WarmStart) else ()
-        program: Any = step.compiled
-        analysis = program.lower(step.init(theta), drawn, *extra).compile().memory_analysis()
-        return analysis.temp_size_in_bytes / 1e6
 
     quadratic = family.problem()
 
@@ -201,7 +225,9 @@ def memory(keys: Array, quick: bool) -> Experiment:
             "ITD / MAML": meta_step(problem, k, unrolled(), 0.1),
         }
 
-    found = {name: [temporary(at(int(k))[name]) for k in steps] for name in at(1)}
+    found = {
+        name: [temporary_megabytes(at(int(k))[name], theta, drawn) for k in steps] for name in at(1)
+    }
     claims = []
     for name, power in (("memory_reduced", 0), ("warm starts (AmIGO, SOBA)", 0), ("ITD / MAML", 1)):
         y = np.array(found[name])

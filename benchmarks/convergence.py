@@ -2,8 +2,9 @@
 
     python -m benchmarks.convergence [--quick] [--only NAME ...] [--out DIR]
 
-Prints one table: claim, what is expected, what was fitted with its 95 % interval over seeds, and
-whether it holds. Writes convergence.json (all curves) and convergence.png.
+Prints a table: claim, what is expected, what was fitted with its 95 % interval over seeds, and
+whether it holds; and one of the memory that goes with each curve. Writes convergence.json (all
+curves) and convergence.png.
 """
 
 import argparse
@@ -42,7 +43,7 @@ POINTS = 400
 
 
 def picture(experiments: list[Experiment], path: Path) -> None:
-    """One panel an experiment: the median over seeds and the range of all."""
+    """One panel an experiment: the median over seeds and the range of all, and the memory."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -52,7 +53,9 @@ def picture(experiments: list[Experiment], path: Path) -> None:
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=size)
     for panel, experiment in zip(axes.flat, experiments, strict=False):
         for name, (x, y) in experiment.curves.items():
-            (line,) = panel.plot(x, np.median(y, axis=0), label=name, marker="." * (len(x) < 30))
+            taken = experiment.memory.get(name)
+            label = f"{name}: {taken}" if taken else name
+            (line,) = panel.plot(x, np.median(y, axis=0), label=label, marker="." * (len(x) < 30))
             panel.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.15, color=line.get_color())
         panel.set(title=experiment.title, xlabel=experiment.axes[0], ylabel=experiment.axes[1])
         panel.set(xscale="log", yscale="log")
@@ -78,6 +81,7 @@ def record(experiment: Experiment) -> dict[str, Any]:
         "axes": experiment.axes,
         "claims": [claim._asdict() | {"fit": claim.fit._asdict()} for claim in experiment.claims],
         "lines": experiment.lines,
+        "memory": {name: taken._asdict() for name, taken in experiment.memory.items()},
         "curves": {name: thinned(*curve) for name, curve in experiment.curves.items()},
     }
 
@@ -106,6 +110,10 @@ def main(arguments: list[str] | None = None) -> bool:
         print("\n".join(experiment.lines), end="\n" * bool(experiment.lines))
     claims = [claim for experiment in found.values() for claim in experiment.claims]
     print(table(claims))
+    print("temporary memory of one compiled meta-step, beside the curves")
+    for name, experiment in found.items():
+        for curve, taken in experiment.memory.items():
+            print(f"    {name:13} {curve:40} {taken}")
     picture(list(found.values()), options.out / "convergence.png")
     results = {name: record(experiment) for name, experiment in found.items()}
     (options.out / "convergence.json").write_text(json.dumps(results))

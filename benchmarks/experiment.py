@@ -1,6 +1,8 @@
 """What the experiments of `benchmarks.convergence` share: what they return, and how they run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +12,26 @@ import optax
 from jaxtyping import Array
 
 import memmeta as mm
-from benchmarks.fits import Claim
+from benchmarks.fits import Claim, over_seeds
 from benchmarks.problems_quadratic import Family
 from memmeta.warm_start import WarmStart
+
+
+class Footprint(NamedTuple):
+    """Temporary memory of one meta-step, as compiled, at two lengths of the inner loop.
+
+    Attributes:
+        steps: inner steps as in the curve (or linear, where it is against them), and `LONGER` times
+            as many.
+        megabytes: at each.
+    """
+
+    steps: tuple[int, int]
+    megabytes: tuple[float, float]
+
+    def __str__(self) -> str:
+        small, large = (f"{size:.3g}" for size in self.megabytes)
+        return f"{small} MB at {self.steps[0]} steps, {large} at {self.steps[1]}"
 
 
 class Experiment(NamedTuple):
@@ -24,6 +43,7 @@ class Experiment(NamedTuple):
         curves: name -> (x, y) with y [seeds, points], for the picture and the JSON file.
         claims: its lines of the table.
         lines: other figures to print.
+        memory: name of a curve -> what a meta-step of it takes.
     """
 
     title: str
@@ -31,9 +51,13 @@ class Experiment(NamedTuple):
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     claims: list[Claim]
     lines: tuple[str, ...] = ()
+    memory: Mapping[str, Footprint] = MappingProxyType({})
 
 
 Step = mm.MetaStep | WarmStart
+
+LONGER = 100
+"""How many times longer an inner loop is made to see whether memory grows with it."""
 
 
 def compiled(function: Callable, *arguments: Any, quick: bool = False) -> Any:
@@ -43,12 +67,61 @@ def compiled(function: Callable, *arguments: Any, quick: bool = False) -> Any:
 
 
 def meta_step(
-    problem: mm.Problem, inner: int, estimator: Any, rate: Any, warm: int = 0, fast: bool = False
+    problem: mm.Problem,
+    inner: int,
+    estimator: Any,
+    rate: Any,
+    warm: int = 0,
+    fast: bool = False,
+    decay: float = 0.0,
 ) -> Step:
-    """Gradient descent inside and outside; `warm` tasks remembered."""
+    """Gradient descent inside, and outside on F + decay/2 ‖θ‖²; `warm` tasks remembered."""
     solver = mm.accelerated() if fast else mm.gradient_descent()
-    step = mm.make_meta_step(problem, mm.InnerLoop(solver, inner), estimator, optax.sgd(rate))
+    outer = optax.sgd(rate)
+    outer = optax.chain(optax.add_decayed_weights(decay), outer) if decay else outer
+    step = mm.make_meta_step(problem, mm.InnerLoop(solver, inner), estimator, outer)
     return WarmStart(step, warm) if warm else step
+
+
+def temporary_megabytes(step: Step, theta: Any, tasks: Any) -> float:
+    """What one compiled meta-step needs beside its arguments and results."""
+    count = jax.tree.leaves(tasks)[0].shape[0]
+    numbers = (jax.ShapeDtypeStruct((count,), jnp.int32),) if isinstance(step, WarmStart) else ()
+    program: Any = step.compiled
+    analysis = program.lower(step.init(theta), tasks, *numbers).compile().memory_analysis()
+    return analysis.temp_size_in_bytes / 1e6
+
+
+def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
+    """The memory of a step as it is, and with an inner loop `LONGER` times as long.
+
+    Args:
+        step: any of them.
+        theta: θ.
+        tasks: arrays, or their shapes.
+    """
+    cold = step.step if isinstance(step, WarmStart) else step
+    steps = cold.inner.steps
+    long = replace(cold, inner=replace(cold.inner, steps=LONGER * steps))
+    longer = replace(step, step=long) if isinstance(step, WarmStart) else long
+    sizes = (temporary_megabytes(step, theta, tasks), temporary_megabytes(longer, theta, tasks))
+    return Footprint((steps, LONGER * steps), sizes)
+
+
+def footprints(
+    methods: dict[str, Callable[[mm.Problem, Array], Step]], family: Family, tasks: int
+) -> dict[str, Footprint]:
+    """The same for methods that `run` takes, at this number of tasks."""
+    drawn = jax.eval_shape(lambda: family.sample(jax.random.key(0), tasks))
+    theta, rate = jnp.zeros_like(family.coupling), 1 / family.smoothness
+    return {n: footprint(make(family.problem(), rate), theta, drawn) for n, make in methods.items()}
+
+
+def flat(memory: Mapping[str, Footprint], where: str) -> Claim:
+    """That no inner loop `LONGER` times as long takes more memory."""
+    growth = max(found.megabytes[1] / found.megabytes[0] for found in memory.values())
+    name = f"memory: largest growth from K to {LONGER} K, {where}"
+    return Claim(name, "= 1 (± 0.02)", over_seeds(np.array([growth])), abs(growth - 1) < 0.02)
 
 
 def trajectory(

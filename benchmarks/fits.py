@@ -14,6 +14,8 @@ class Fit(NamedTuple):
     high: float
 
     def __str__(self) -> str:
+        if np.isnan(self.low):  # a single figure, such as a count of bytes
+            return f"{self.value:9.4g}"
         return f"{self.value:9.4g}  [{self.low:.4g}, {self.high:.4g}]"
 
 
