@@ -1,0 +1,85 @@
+"""Scaling over devices: what is read from programs, and the model of a pod in closed form."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from problems import quadratic_problem, quadratic_tasks
+
+import memmeta as mm
+from benchmarks.pod import Chip, Work, arithmetic, curve, first_break, predicted, work
+from benchmarks.scaling import aims, collectives
+from memmeta import devices
+from memmeta.models.convolution import conv
+
+CHIP = Chip(peak=1e12, share=0.5, bandwidth=1e9, latency=1e-6, torus=2, launch=1e-6)
+WORK = Work(flops=1e9, products=10, parameters=1000, summed=1000)
+
+
+def test_flops_closed_form():
+    images, kernel, matrix = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), jnp.ones((5, 5))
+
+    def program(kernel):
+        y = jnp.sum(conv(images, kernel))
+        return y * jnp.sum(jax.lax.scan(lambda x, _: (x @ matrix, None), matrix, length=7)[0])
+
+    convolution, products = 2 * (2 * 4 * 4 * 8) * 27, 7 * 2 * 5**3
+    assert arithmetic(jax.make_jaxpr(program)(kernel).jaxpr, 1) == (convolution + products, 8)
+    flops, number = arithmetic(jax.make_jaxpr(jax.grad(program))(kernel).jaxpr, 1)
+    assert (flops, number) == (2 * convolution + products, 9)  # the kernel's gradient too
+
+
+def test_flops_are_the_compilers_own_where_nothing_loops():
+    a, b = jnp.ones((16, 32)), jnp.ones((32, 24))
+    found, _ = arithmetic(jax.make_jaxpr(jnp.dot)(a, b).jaxpr, 1)
+    assert found == jax.jit(jnp.dot).lower(a, b).compile().cost_analysis()["flops"]
+
+
+def test_bytes_of_the_trace_are_those_of_the_compiled_program():
+    def step_on(count):
+        parts = (quadratic_problem(), mm.InnerLoop(steps=2), mm.hypergradient.implicit())
+        mesh = devices.task_mesh(jax.devices()[:count])
+        return mm.make_meta_step(*parts, optax.sgd(0.1), mesh=mesh)
+
+    theta, tasks = jnp.ones(4), quadratic_tasks(jax.random.key(0), tasks=8)
+    counted = work(step_on(2), theta, jax.tree.map(lambda leaf: leaf[:2], tasks), 2)
+    step = step_on(8)
+    compiled = step.compiled.lower(step.init(theta), tasks).compile()
+    [(name, size)] = collectives(compiled)
+    assert name == "all-reduce"
+    # the compiler leaves out a scalar that is the same as another
+    assert counted.reduced(8) - 8 <= size <= counted.reduced(8)
+    assert counted.parameters == 16
+
+
+def test_the_model_closed_form():
+    row = predicted(WORK, CHIP, 16, 64)
+    assert row["a device"] == 4
+    assert row["compute"] == pytest.approx(1e3 * 4 * 1e9 / 5e11)
+    assert row["bandwidth"] == pytest.approx(1e3 * 2 * (1000 + 4 * 14) * 15 / 16 / 1e9)
+    assert row["latency"] == pytest.approx(1e3 * 2 * 4 * 1e-6)
+    assert row["ms"] == pytest.approx(row["compute"] + row["bandwidth"] + row["latency"])
+    assert row["limit"] == ""
+
+
+def test_what_stands_in_the_way():
+    assert predicted(WORK, CHIP, 128, 100)["limit"] == "28 devices have no task"
+    assert predicted(WORK, CHIP._replace(latency=1.0), 4, 8)["limit"] == "the all-reduce"
+    small = WORK._replace(products=10_000)
+    assert predicted(small, CHIP, 1, 1)["limit"] == "products too small for a chip"
+    assert first_break(WORK, CHIP, 4, 32, 100)["no task left"] == 64
+    assert first_break(WORK, CHIP, 4, 32, 20)["no task left"] == "none"
+
+
+def test_without_a_network_to_wait_for_scaling_is_perfect():
+    free = CHIP._replace(latency=0.0, bandwidth=float("inf"), launch=0.0)
+    for weak in (False, True):
+        rows = curve(WORK, free, (1, 2, 8), 8, weak)
+        assert [row["efficiency"] for row in rows] == [1, 1, 1]
+
+
+def test_aims_are_missed_where_devices_disagree_or_talk_too_much():
+    row = {"devices": 2, "apart": 1e-7, "messages": "all-reduce", "bytes": 1080, "bytes of θ": 1000}
+    assert [line[""] for line in aims({"strong": [row]})] == ["holds"] * 3
+    bad = row | {"apart": 1.0, "messages": "all-reduce, all-gather", "bytes": 9000}
+    assert [line[""] for line in aims({"strong": [row], "weak": [bad]})] == ["MISSED"] * 3
