@@ -1,0 +1,175 @@
+"""Lines of results, and the table and the picture that are made from them alone."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy_runs import BASELINE, STATISTICS, Record
+from benchmarks.accuracy_settings import PUBLISHED, Setting
+
+IDENTITY = ("data", "ways", "shots", "method", "preset", "split", "seed", "sizes")
+
+
+def read(path: Path) -> list[Record]:
+    """The finished results; a last line that was cut off is passed over.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: expected JSON, found {line!r}") from error
+    return found
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a result, on a line of its own even where the last one was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and not path.read_text().endswith("\n") and path.stat().st_size
+    with path.open("a") as file:
+        file.write("\n" * bool(torn) + json.dumps(record) + "\n")
+
+
+def identity(record: Record) -> Record:
+    """What a result is of."""
+    return {name: record[name] for name in IDENTITY}
+
+
+def of_any_seed(found: Record) -> str:
+    """What the seeds of one method, setting and preset have in common, as text."""
+    return json.dumps([found[name] for name in IDENTITY if name != "seed"], sort_keys=True)
+
+
+def setting_of(record: Record) -> Setting:
+    """The kind of task of a result."""
+    return Setting(record["data"], record["ways"], record["shots"])
+
+
+def groups(records: Iterable[Record]) -> list[list[Record]]:
+    """The seeds of each method, setting and preset, in the order they were run."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(of_any_seed(record), []).append(record)
+    return list(found.values())
+
+
+def best(group: Sequence[Record]) -> float:
+    """What methods are ordered by: the first column of figures."""
+    return float(np.mean([_first(record)["mean"] for record in group]))
+
+
+def _first(record: Record) -> dict[str, float]:
+    by_steps = record["figures"][STATISTICS[0]]
+    return next(iter(by_steps.values()))
+
+
+def summary(figures: Sequence[dict[str, float]], scale: float) -> str:
+    """Mean over seeds ± the 95 % interval over tasks, and the range over seeds."""
+    means = scale * np.array([figure["mean"] for figure in figures])
+    width = scale * np.mean([figure["half_width"] for figure in figures])
+    digits = 1 if scale == 100 else 3
+    text = f"{means.mean():.{digits}f} ± {width:.{digits}f}"
+    if len(means) > 1:
+        text += f" ({means.min():.{digits}f} to {means.max():.{digits}f})"
+    return text
+
+
+def table(records: Sequence[Record]) -> str:
+    """One table a setting, in Markdown, the best method first."""
+    settings = dict.fromkeys(setting_of(record) for record in records)
+    return "\n".join(
+        _one_table(setting, [r for r in records if setting_of(r) == setting])
+        for setting in settings
+    )
+
+
+def _one_table(setting: Setting, records: Sequence[Record]) -> str:
+    kinds = STATISTICS[:1] if setting.curves else STATISTICS
+    what = "error / variance" if setting.curves else "accuracy, %"
+    columns = ["method"]
+    for kind in kinds:
+        of_kind = "" if setting.curves else f", {kind}"
+        columns += [f"{what}{of_kind}, T steps", f"{what}{of_kind}, 2 T"]
+    columns += ["T", "meta-steps", "seconds", "MB", "seeds", "published"]
+    by_best = sorted(groups(records), key=best, reverse=not setting.curves)
+    rows = [columns, ["---"] * len(columns)]
+    for group in by_best:
+        rows.append(_row(setting, group, kinds))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"\n**{setting}**\n", *lines])
+
+
+def _row(setting: Setting, group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
+    first = group[0]
+    method, preset = first["method"], first["preset"]
+    cells = [method if preset == "tuned" else f"{method}, as its authors"]
+    scale = 1.0 if setting.curves else 100.0
+    for kind in kinds:
+        by_steps = [list(record["figures"][kind].values()) for record in group]
+        for stage in range(2):
+            one_more = len(by_steps[0]) > stage
+            cells.append(summary([f[stage] for f in by_steps], scale) if one_more else "–")
+    if method == BASELINE:
+        return [*cells, *["–"] * 5, ""]
+    return [
+        *cells,
+        next(iter(first["figures"][kinds[0]])),
+        str(first["meta_steps"]),
+        f"{np.mean([record['seconds'] for record in group]):.1f}",
+        f"{first['temporary_megabytes']:.1f}",
+        str(len(group)),
+        PUBLISHED.get((setting, method), ""),
+    ]
+
+
+def picture(records: Sequence[Record], path: Path) -> None:
+    """One panel a setting: every seed as a point, with its interval over tasks."""
+    settings = list(dict.fromkeys(setting_of(record) for record in records))
+    columns = min(2, len(settings))
+    rows = -(-len(settings) // columns)
+    figure = Figure(figsize=(7 * columns, 4.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for setting, panel in zip(settings, panels, strict=False):
+        _panel(panel, setting, [r for r in records if setting_of(r) == setting])
+    for panel in list(panels)[len(settings) :]:
+        panel.set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def _panel(panel: Any, setting: Setting, records: Sequence[Record]) -> None:
+    by_best = sorted(groups(records), key=best, reverse=setting.curves)
+    scale = 1.0 if setting.curves else 100.0
+    names = []
+    for height, group in enumerate(by_best):
+        authors = group[0]["preset"] != "tuned"
+        names.append(group[0]["method"] + ", as its authors" * authors)
+        for kind, colour in zip(STATISTICS, ("tab:blue", "tab:orange"), strict=True):
+            for seed, record in enumerate(group):
+                if kind not in record["figures"]:
+                    continue
+                found = next(iter(record["figures"][kind].values()))
+                at = height + 0.12 * (seed - (len(group) - 1) / 2)
+                panel.errorbar(
+                    scale * found["mean"],
+                    at,
+                    xerr=scale * found["half_width"],
+                    fmt=".",
+                    color=colour,
+                    label=kind if height == seed == 0 and not setting.curves else None,
+                )
+    panel.set(title=str(setting), yticks=range(len(names)), yticklabels=names)
+    panel.set(xlabel="error / variance" if setting.curves else "accuracy, %")
+    if setting.curves:
+        panel.set(xscale="log")
+    else:
+        panel.legend(title="batch statistics at test", fontsize=7)
+    panel.grid(alpha=0.3)
