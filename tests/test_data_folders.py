@@ -256,6 +256,35 @@ def test_mini_imagenet_from_lists(tmp_path):
     assert dataset.group[:3].tolist() == [1, 0, 1]
 
 
+def test_tiered_imagenet_has_its_published_split_and_categories(tmp_path):
+    root, label, lines = tmp_path / "tiered_imagenet", 0, ["label,category"]
+    for split, count in (("train", 351), ("val", 97), ("test", 160)):
+        for number in range(count):
+            name = f"n{label:08}"
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "0.jpg").touch()
+            lines.append(f"{name},{split} category {number // 20}")
+            label += 1
+    (root / "categories.csv").write_text("\n".join(lines), encoding="utf-8")
+    splits = folders.make_plan("tiered_imagenet", "tiered_imagenet", 0, tmp_path).splits
+    assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
+    assert [len({item.group for item in splits[split]}) for split in SPLITS] == [18, 5, 8]
+    (root / "test" / "n00000607" / "0.jpg").unlink()
+    (root / "test" / "n00000607").rmdir()
+    with pytest.raises(DataError, match=r"found Known\(.*test=159\), expected .*test=160"):
+        load("tiered_imagenet", "train", tmp_path)
+
+
+def test_a_conversion_shows_how_far_it_is(monkeypatch):
+    written = io.StringIO()
+    terminal = cache.Console(file=written, force_terminal=True)
+    monkeypatch.setattr(cache, "Console", lambda **_: terminal)
+    with cache.progress_bar("converting leaves", 4) as advance:
+        advance(3)
+    assert "converting leaves" in written.getvalue()
+    assert "75%" in written.getvalue()
+
+
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
 def test_archives_are_unpacked(tmp_path, suffix):
     root = make_mini(tmp_path / "source" / "mini_imagenet")
