@@ -23,7 +23,8 @@ import numpy as np
 from memmeta.config import Config
 from memmeta.interruption import Interrupted
 from memmeta.run_folder import new_run
-from memmeta.train import make_trainer, train
+from memmeta.train import train
+from memmeta.trainer import make_trainer
 
 SMALL = Config(
     ways=2,

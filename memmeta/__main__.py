@@ -42,8 +42,8 @@ class Train:
     """Stop at the first task that is not finite, inner loop that diverges, inner Hessian that is
     not positive or meta-gradient that explodes, with the state and the tasks saved."""
     devices: int | None = None
-    """Devices of each process to spread tasks over; changes nothing but rounding. None: all GPUs or
-    TPUs, one of a CPU."""
+    """Devices of each process to spread tasks over; changes nothing but rounding. None: as many as
+    there are and can share the tasks out evenly; of a CPU each core is one."""
     processes: int = 1
     """Processes of this machine's CPU to share the run, for a try of what a launcher does on many
     machines."""
@@ -78,7 +78,7 @@ def run_train(command: Train) -> None:
     from memmeta import progress
 
     config = command.config
-    devices.use(command.devices)
+    devices.use(command.devices or (None if processes.launched() else devices.cores()))
     if processes.launched():
         processes.join()
     progress.console.quiet = not processes.is_first()
@@ -99,7 +99,8 @@ def _new_path(config: Config) -> Path:
 
 def _train_in(folder: RunFolder, command: Train) -> None:
     from memmeta import picture, progress
-    from memmeta.train import check_room, final_report, make_trainer, train
+    from memmeta.train import final_report, train
+    from memmeta.trainer import check_room, make_trainer
 
     config = command.config
     mesh = devices.chosen(command.devices, config.tasks)
@@ -113,7 +114,7 @@ def _train_in(folder: RunFolder, command: Train) -> None:
     check_room(trainer, block)
     with progress.shown(config.meta_steps) as show:
         state = train(trainer, block, folder, command.resume, show, command.strict)
-    report = final_report(trainer, block, state, folder)
+    report = final_report(trainer, state, folder, block)
     if not processes.is_first():
         return
     picture.learning_curve(folder.metrics(), folder.path / "learning_curve.png")
@@ -124,14 +125,17 @@ def _train_in(folder: RunFolder, command: Train) -> None:
 def run_evaluate(command: Evaluate) -> None:
     """`memmeta evaluate`."""
     from memmeta import progress
-    from memmeta.train import final_report, make_trainer
+    from memmeta.train import final_report
+    from memmeta.trainer import make_trainer
 
     folder = RunFolder(command.run)
     given = {"episodes": command.episodes, "test_steps": command.test_steps}
     changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-    trainer = make_trainer(replace(folder.config(), **changes))
+    config = replace(folder.config(), **changes)
+    devices.use(devices.cores())
+    trainer = make_trainer(config, devices.chosen(None, config.tasks))
     state = checkpoints.restore(folder.checkpoints, trainer.init())
-    progress.print_report(final_report(trainer, trainer.compile(), state, folder))
+    progress.print_report(final_report(trainer, state, folder))
 
 
 def run_report(command: Report) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import optax
 
 from memmeta import algorithms, models
 from memmeta.algorithms import Learner
-from memmeta.data import Dataset, Episodes
+from memmeta.data import Augmentation, Dataset, Episodes, Warp, normalisation
 from memmeta.few_shot import Statistics
 from memmeta.inner import InnerLoop
 
@@ -35,12 +35,26 @@ class Config:
     """Classes in a task."""
     shots: int = 1
     """Support examples of each class."""
-    queries: int = 15
-    """Query examples of each class."""
-    cross_family: bool = False
-    """Train on support and query images from different font families."""
-    width: int = 32
+    queries: int = 5
+    """Query examples of each class in training."""
+    test_queries: int = 15
+    """Query examples of each class in evaluation."""
+    cross_family: bool | None = None
+    """Train on support and query examples from different families, such as font families; None:
+    where the training split has several."""
+    warp: float = 0.15
+    """Turn, stretch and shear every image of training at random, by at most this angle in radians,
+    logarithm of the scale and slope, and shift it by at most half this share of its side."""
+    crop: int = 0
+    """Crop every image of training at random, after this many black pixels were added around it."""
+    flip: bool = False
+    """Mirror every other image of training."""
+    normalise: bool = False
+    """Take from every image the mean of the training split's pixels, divide by their deviation."""
+    width: int = 64
     """Filters in each convolution block."""
+    round_up: bool = True
+    """Pool the last row and column of images with an odd side too; most papers leave them out."""
     statistics: Statistics = "transductive"
     """Batch statistics: of support and query together, or of the support images alone."""
     inner_steps: int | None = None
@@ -79,13 +93,13 @@ class Config:
         for name, kind in typing.get_type_hints(Config).items():
             value = getattr(self, name)
             _require(name, value, _is(value, kind), _said(kind))
-        positive = ("ways", "shots", "queries", "width", "tasks", "log_every", "checkpoint_every")
-        for name in positive:
+        positive = ("ways", "shots", "queries", "test_queries", "width", "tasks", "log_every")
+        for name in (*positive, "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("inner_steps", "test_steps", "cg_steps", "ridge", "proximal"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 0, "0 or more")
-        for name in ("meta_steps", "seed"):
+        for name in ("meta_steps", "seed", "warp", "crop"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("episodes", self.episodes, self.episodes >= 2, "at least 2")
         _require("rate", self.rate, self.rate > 0, "more than 0")
@@ -102,9 +116,53 @@ class Config:
             fits = self.task_chunk >= 1 and self.tasks % self.task_chunk == 0
             _require("task_chunk", self.task_chunk, fits, f"a divisor of tasks={self.tasks}")
 
-    def episodes_of(self, *, cross_family: bool, queries: int | None = None) -> Episodes:
-        """The sampler of this run's tasks."""
-        return Episodes(self.ways, self.shots, queries or self.queries, cross_family=cross_family)
+    def training_episodes(self, train: Dataset) -> Episodes:
+        """The sampler of the tasks that are trained on.
+
+        Args:
+            train: the training split.
+
+        Raises:
+            DataError: images are to be normalised, and the data are none.
+        """
+        warp = Warp(self.warp, self.warp, self.warp, self.warp / 2) if self.warp else None
+        several = len(train.family_names) > 1
+        cross_family = several if self.cross_family is None else self.cross_family
+        augmentation = replace(
+            self._normalised(train), warp=warp, crop_padding=self.crop, flip=self.flip
+        )
+        return Episodes(
+            self.ways,
+            self.shots,
+            self.queries,
+            cross_family=cross_family,
+            augmentation=augmentation,
+        )
+
+    def test_episodes(self, train: Dataset) -> dict[str, Episodes]:
+        """The samplers of the tasks that are judged, by what they are called.
+
+        Args:
+            train: the training split.
+
+        Raises:
+            DataError: as `training_episodes`.
+        """
+        any_style = Episodes(
+            self.ways, self.shots, self.test_queries, augmentation=self._normalised(train)
+        )
+        if len(train.family_names) == 1:
+            return {"any styles": any_style}
+        # half of the styles or less are of one family, so fewer queries than with any styles
+        queries = min(self.test_queries, 5)
+        other_family = replace(any_style, queries=queries, cross_family=True)
+        return {"any styles": any_style, "different font families": other_family}
+
+    def _normalised(self, train: Dataset) -> Augmentation:
+        if not self.normalise:
+            return Augmentation()
+        mean, deviation = normalisation(train)
+        return Augmentation(mean=mean, deviation=deviation)
 
     def learner(self, dataset: Dataset, *, test: bool = False) -> Learner:
         """The method this run asks for, on a network that fits the data.
@@ -121,6 +179,7 @@ class Config:
             self.ways,
             width=self.width,
             image_shape=tuple(dataset.inputs.shape[2:]),
+            round_up=self.round_up,
             head_scale=1.0,  # read only by methods that learn the head's start
         )
         known = inspect.signature(method).parameters

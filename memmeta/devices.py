@@ -150,12 +150,19 @@ def use(count: int | None) -> None:
             jax.config.update("jax_num_cpu_devices", count)
 
 
+def cores() -> int | None:
+    """CPU cores this process may use; None where the user's XLA_FLAGS say how many devices."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def chosen(count: int | None, tasks: int) -> Mesh | None:
     """The mesh a run's tasks are spread over.
 
     Args:
         count: devices in each process; None takes as many as there are and share out the tasks
-            evenly, of a CPU one.
+            evenly.
         tasks: in a meta-step.
 
     Returns:
@@ -170,8 +177,7 @@ def chosen(count: int | None, tasks: int) -> Mesh | None:
     if several > 1:
         found = [d for p in range(several) for d in _of_process(p)[:count]]
     elif count is None:
-        most = 1 if jax.default_backend() == "cpu" else local
-        even = max(n for n in range(1, most + 1) if tasks % n == 0)
+        even = max(n for n in range(1, local + 1) if tasks % n == 0)
         found = jax.devices()[:even]
     else:
         found = jax.devices()[:count]

@@ -12,11 +12,19 @@ from memmeta import checkpoints
 from memmeta.__main__ import main
 from memmeta.config import Config
 from memmeta.run_folder import RunFolder
-from memmeta.train import make_trainer
+from memmeta.trainer import make_trainer
 
 SMALL = [
-    *("--ways=3", "--queries=2", "--width=4", "--tasks=2", "--meta-steps=6", "--log-every=2"),
-    *("--checkpoint-every=2", "--episodes=4", "--inner-steps=5"),
+    *(
+        "--ways=3",
+        "--queries=2",
+        "--test-queries=2",
+        "--width=4",
+        "--tasks=2",
+        "--meta-steps=6",
+        "--log-every=2",
+    ),
+    *("--checkpoint-every=2", "--episodes=4", "--inner-steps=5", "--devices=1"),
 ]
 
 

@@ -12,6 +12,7 @@ from memmeta.data import (
     Episodes,
     HostDataset,
     HostEpisodes,
+    Warp,
     load,
     load_host,
     normalisation,
@@ -40,7 +41,7 @@ def make_dataset():
     )
 
 
-AUGMENTATION = Augmentation(2, True, mean=(0.4, 0.5, 0.6), deviation=(0.2, 0.3, 0.4))
+AUGMENTATION = Augmentation(Warp(0.2), 2, True, mean=(0.4, 0.5, 0.6), deviation=(0.2, 0.3, 0.4))
 SPECS = [
     Episodes(ways=3, shots=1, queries=2),
     Episodes(ways=(2, 4), shots=(1, 2), queries=1, augmentation=AUGMENTATION),
@@ -77,6 +78,23 @@ def test_a_stream_is_the_batches_in_order():
         expected = drawer.sample_batch(host, key, 4)
         np.testing.assert_array_equal(found.query_inputs, expected.query_inputs)
     assert list(drawer.stream(host, [], tasks=4)) == []
+
+
+def test_a_stream_is_ahead_of_its_reader():
+    """The next two batches are asked for before the first is taken."""
+    host, asked = on_host(make_dataset()), []
+
+    def keys():
+        for seed in range(5):
+            asked.append(seed)
+            yield jax.random.key(seed)
+
+    stream = HostEpisodes(SPECS[0]).stream(host, keys(), tasks=4)
+    next(stream)
+    assert asked == [0, 1, 2]
+    next(stream)
+    assert asked == [0, 1, 2, 3]
+    stream.close()
 
 
 def test_a_failure_in_a_stream_is_raised_where_it_is_read():

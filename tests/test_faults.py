@@ -24,10 +24,10 @@ from memmeta import checkpoints, devices
 from memmeta.__main__ import main
 from memmeta.config import Config, UserError
 from memmeta.run_folder import RunFolder
-from memmeta.train import check_room, make_trainer
+from memmeta.trainer import check_room, make_trainer
 
 TINY = [
-    *("--ways=2", "--queries=1", "--width=2", "--tasks=2", "--log-every=1"),
+    *("--ways=2", "--queries=1", "--test-queries=1", "--width=2", "--tasks=2", "--log-every=1"),
     *("--checkpoint-every=2", "--episodes=2", "--inner-steps=2", "--cg-steps=2"),
 ]
 

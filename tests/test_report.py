@@ -18,11 +18,13 @@ from memmeta.report.judge import probabilities
 from memmeta.report.page import html
 from memmeta.report.remarks import remarks
 from memmeta.run_folder import RunFolder
-from memmeta.train import make_trainer
+from memmeta.trainer import make_trainer
 
 SMALL = [
     "--ways=3",
     "--queries=2",
+    "--test-queries=2",
+    "--devices=1",
     "--width=4",
     "--tasks=2",
     "--meta-steps=2",

@@ -6,6 +6,7 @@ from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
 from memmeta.data.host import HostDataset, HostEpisodes
 from memmeta.data.registry import SOURCES, Sampler, Split, load, load_host, sampler
+from memmeta.data.warp import Warp
 
 __all__ = [
     "SOURCES",
@@ -18,6 +19,7 @@ __all__ = [
     "Points",
     "Sampler",
     "Split",
+    "Warp",
     "load",
     "load_host",
     "normalisation",

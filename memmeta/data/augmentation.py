@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray, Shaped
 
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.host import HostDataset, on_host
+from memmeta.data.warp import Warp
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Augmentation:
     `memmeta.data.host.with_rotations`.
 
     Args:
+        warp: turned, stretched, sheared and shifted first; None leaves the image as it is.
         crop_padding: pixels of black added on every side before a crop of the old size is taken at
             random; 0 leaves the image where it is.
         flip: mirror left and right every other time.
@@ -30,10 +32,12 @@ class Augmentation:
 
     Example:
         >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
-        >>> Augmentation(crop_padding=2, flip=True)(jax.random.key(0), images).shape
+        >>> augment = Augmentation(Warp(shear=0.1), crop_padding=2, flip=True)
+        >>> augment(jax.random.key(0), images).shape
         (2, 8, 8, 3)
     """
 
+    warp: Warp | None = None
     crop_padding: int = 0
     flip: bool = False
     mean: tuple[float, ...] | None = None
@@ -57,7 +61,9 @@ class Augmentation:
         Returns:
             The images: of the same dtype, or float32 where they are normalised.
         """
-        crop_key, flip_key = jax.random.split(key)
+        warp_key, crop_key, flip_key = jax.random.split(key, 3)
+        if self.warp is not None:
+            images = self.warp(warp_key, images)
         if self.crop_padding:
             images = _crop(crop_key, images, self.crop_padding)
         if self.flip:

@@ -10,7 +10,7 @@ from memmeta.models.convolution import conv
 from memmeta.models.dtypes import as_float
 from memmeta.models.network import Network
 from memmeta.models.normalization import batch_statistics, normalise
-from memmeta.models.pooling import max_pool
+from memmeta.models.pooling import max_pool, with_even_sides
 
 
 class ConvBlock(nn.Module):
@@ -24,6 +24,7 @@ class ConvBlock(nn.Module):
     """
 
     filters: int
+    round_up: bool = False
 
     @nn.compact
     def __call__(
@@ -31,13 +32,15 @@ class ConvBlock(nn.Module):
         images: Float[Array, "examples height width channels"],
         weights: Float[Array, " examples"],
     ) -> Float[Array, "examples half_height half_width filters"]:
-        """Halve height and width, rounding down."""
+        """Halve height and width, rounding as `round_up` says."""
         shape = (3, 3, images.shape[-1], self.filters)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (self.filters,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.filters,), jnp.float32)
         sign = jnp.where(scale < 0, -1, 1).astype(scale.dtype)
         hidden = conv(images, (sign * kernel).astype(images.dtype))
+        if self.round_up:
+            hidden = with_even_sides(hidden)
         mean, variance = batch_statistics(hidden, weights)
         return nn.relu(normalise(max_pool(hidden), mean, variance, sign * scale, bias))
 
@@ -48,6 +51,7 @@ class ConvBlocks(nn.Module):
     width: int
     depth: int
     dtype: DTypeLike
+    round_up: bool
 
     @nn.compact
     def __call__(
@@ -58,7 +62,7 @@ class ConvBlocks(nn.Module):
         """Features, float32."""
         hidden = as_float(images, self.dtype)
         for _ in range(self.depth):
-            hidden = ConvBlock(self.width)(hidden, weights)
+            hidden = ConvBlock(self.width, self.round_up)(hidden, weights)
         return hidden.reshape(hidden.shape[0], -1).astype(jnp.float32)
 
 
@@ -70,6 +74,7 @@ def conv4(
     depth: int = 4,
     head_scale: float = 0.0,
     dtype: DTypeLike = jnp.float32,
+    round_up: bool = False,
 ) -> Network:
     """Four blocks of conv3x3, batch norm, ReLU, maxpool2, then a linear head.
 
@@ -77,11 +82,13 @@ def conv4(
         ways: how many classes.
         width: filters of every block; papers use 64 (Omniglot, CIFAR-FS, FC100) and 32
             (miniImageNet, tieredImageNet).
-        image_shape: height, width and channels; each block halves height and width, rounding down.
+        image_shape: height, width and channels; each block halves height and width.
         depth: how many blocks.
         head_scale: 0 starts the head from zeros, as the implicit methods do; 1 draws it with
             standard deviation 1 / sqrt(features), for methods that learn the head's start.
         dtype: what the body computes in; parameters, statistics and the head stay float32.
+        round_up: pool a last odd row or column too, instead of leaving it out as most papers do:
+            a 28x28 image then gives 2x2 features of each filter in place of one.
 
     Returns:
         A `Network` of uint8 (scaled to [0, 1]) or float images.
@@ -106,4 +113,6 @@ def conv4(
             f"image_shape: {image_shape[0]}x{image_shape[1]} cannot be halved {depth} times; "
             f"use images of at least {1 << depth} pixels a side, or a smaller depth"
         )
-    return with_linear_head(ConvBlocks(width, depth, dtype), ways, image_shape, head_scale)
+    return with_linear_head(
+        ConvBlocks(width, depth, dtype, round_up), ways, image_shape, head_scale
+    )

@@ -26,6 +26,21 @@ def max_pool(
     return jnp.maximum(rows[:, :, :, 0], rows[:, :, :, 1])
 
 
+def with_even_sides(
+    images: Float[Array, "examples height width channels"],
+) -> Float[Array, "examples even_height even_width channels"]:
+    """Repeat a last odd row or column, so that `max_pool` keeps it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from memmeta.models.pooling import max_pool, with_even_sides
+        >>> max_pool(with_even_sides(jnp.arange(9.0).reshape(1, 3, 3, 1)))[0, :, :, 0].tolist()
+        [[4.0, 5.0], [7.0, 8.0]]
+    """
+    _, height, width, _ = images.shape
+    return jnp.pad(images, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
 def _windows(images: Array) -> Array:
     examples, height, width, channels = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]

@@ -19,7 +19,7 @@ from memmeta.data import DataError, Dataset, Episodes
 from memmeta.evaluate import Interval, confidence_interval
 from memmeta.problem import MetaParams, Params, Scalar, Task
 from memmeta.run_folder import RunFolder
-from memmeta.train import TEST, make_trainer
+from memmeta.trainer import TEST, make_trainer
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def judge(path: Path, name: str, episodes: int) -> Judged:
     if not isinstance(dataset, Dataset):
         return known(int(state.step), {}, None)
     learner = config.learner(dataset, test=True)
-    sampler = config.episodes_of(cross_family=False)
+    sampler = trainer.judged["any styles"]
     groups = by_group(learner, state.meta_params, dataset, sampler, episodes)
     episode = one_episode(learner, state.meta_params, dataset, sampler, config.ways)
     return known(int(state.step), groups, episode)
