@@ -132,6 +132,13 @@ def meta_steps_in(seconds: float, run: Callable[[int], None]) -> int:
     return max(1, round(seconds * count / spent))
 
 
+def _outer(
+    problem: mm.Problem, answers: Any, context: Any, figure: str, stage: Int32[Array, ""]
+) -> Float[Array, ""]:
+    """One query figure of the adapted parameters of one stage."""
+    return problem.outer_loss(jax.tree.map(lambda x: x[stage], answers), context)[1][figure]
+
+
 def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dict[str, Any]]:
     """(θ, data) -> query figures of every test task, by batch statistics and inner steps.
 
@@ -167,8 +174,10 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
             context = learner.problem.embed(theta, task)
             if answers is None or not isinstance(context, NetworkContext):
                 answers = adapted(learner.problem, theta, context)
-            _, aux = jax.vmap(learner.problem.outer_loss, (0, None))(answers, context)
-            found[kind] = aux[figure]
+
+            found[kind] = jax.lax.map(
+                partial(_outer, learner.problem, answers, context, figure), jnp.arange(stages)
+            )
         return found
 
     @jax.jit

@@ -14,6 +14,7 @@ import optax
 import memmeta as mm
 from benchmarks import regression
 from memmeta.algorithms import METHODS, Learner, Name
+from memmeta.algorithms.steps import learned_rates
 from memmeta.data import Dataset, Split
 from memmeta.few_shot import Statistics
 from memmeta.models import conv4, mlp
@@ -70,12 +71,12 @@ class Sizes(NamedTuple):
 
 
 SETTINGS: dict[Setting, Sizes] = {
-    Setting("glyphs", 5, 1): Sizes(seconds=15),
-    Setting("glyphs", 20, 1): Sizes(tasks=4, queries=3, test_queries=2, seconds=30),
-    Setting("glyphs", 5, 5): Sizes(seconds=20),
-    Setting("glyphs", 20, 5): Sizes(tasks=4, chunk=2, queries=3, test_queries=2, seconds=30),
-    Setting("tides", 1, 5): Sizes(64, 16, 16, 20, 50, 8),
-    Setting("tides", 1, 10): Sizes(64, 16, 16, 20, 50, 8),
+    Setting("glyphs", 5, 1): Sizes(test_queries=3, seconds=8),
+    Setting("glyphs", 20, 1): Sizes(tasks=4, queries=3, test_queries=1, seconds=15),
+    Setting("glyphs", 5, 5): Sizes(test_queries=3, seconds=10),
+    Setting("glyphs", 20, 5): Sizes(tasks=4, chunk=2, queries=3, test_queries=1, seconds=15),
+    Setting("tides", 1, 5): Sizes(64, 16, 16, 20, 50, 3),
+    Setting("tides", 1, 10): Sizes(64, 16, 16, 20, 50, 3),
 }
 """Those that run without further data."""
 
@@ -109,7 +110,19 @@ class Recipe:
 
 
 TUNED_CLASSES: dict[Name, Recipe] = {}
-TUNED_CURVES: dict[Name, Recipe] = {}
+STEPS = mm.InnerLoop(optax.sgd(0.05), steps=5)
+TUNED_CURVES: dict[Name, Recipe] = {
+    "memory_reduced": Recipe(options={"ridge": 0.01}),
+    "stocbio": Recipe(options={"ridge": 0.01}),
+    "amigo": Recipe(options={"ridge": 0.01}),
+    "pzobo": Recipe(options={"ridge": 0.01}),
+    "maml": Recipe(inner=STEPS),
+    "fomaml": Recipe(inner=STEPS),
+    "reptile": Recipe(inner=STEPS),
+    "boil": Recipe(inner=STEPS),
+    "meta_sgd": Recipe(inner=mm.InnerLoop(learned_rates(), steps=5), options={"first_rate": 0.05}),
+    "imaml": Recipe(options={"proximal": 0.5}),
+}
 
 
 def tuned(setting: Setting, method: Name) -> Recipe:

@@ -32,11 +32,14 @@ def read(path: Path) -> list[Record]:
 
 
 def append(path: Path, record: Record) -> None:
-    """Add a result, on a line of its own even where the last one was cut off."""
+    """Add a result; a last line that was cut off makes room."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and not path.read_text().endswith("\n") and path.stat().st_size
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
     with path.open("a") as file:
-        file.write("\n" * bool(torn) + json.dumps(record) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def identity(record: Record) -> Record:
