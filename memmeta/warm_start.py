@@ -39,16 +39,17 @@ class WarmStart:
     $$\phi_i^{t+1} = \text{inner}(\phi_i^t), \qquad v_i^{t+1} = \text{solver}(v_i^t)$$
 
     Costs 2 · size · dim φ numbers (`memory_bytes`), spread over the devices of the meta-step's mesh
-    where they divide `size`, or in the host's memory. Fresh tasks, for evaluation or an infinite
-    set, start cold: call the meta-step itself, `step.step(state.meta, tasks)`.
+    or in the host's memory. Around a meta-step and no option of it, because its state is larger and
+    its call takes the tasks' numbers. The meta-step inside stays as it is and serves fresh tasks,
+    for evaluation or an infinite set, from a cold start: `step.step(state.meta, tasks)`.
 
     Attributes:
         step: made by `make_meta_step`, with an estimator that remembers, such as `implicit`.
-        size: tasks in the set.
+        size: tasks in the set; with a mesh a multiple of its devices, unless `on_host`.
         on_host: keep the memory outside the devices; each call moves the rows of its tasks.
 
     Raises:
-        ValueError: `size` is not positive.
+        ValueError: `size` is not positive, or the devices cannot share it out evenly.
 
     Source: the warm starts of AmIGO (Arbel and Mairal, ICLR 2022).
 
@@ -77,6 +78,13 @@ class WarmStart:
     def __post_init__(self) -> None:
         if not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"size: expected a positive number of tasks, found {self.size!r}.")
+        shards = devices.shards(self.step.mesh)
+        if not self.on_host and self.size % shards:
+            raise ValueError(
+                f"size: found {self.size}, expected a multiple of the {shards} devices the memory "
+                f"is spread over. Round it up to {-(-self.size // shards) * shards} (a row that no "
+                "task has costs its memory and nothing else), or keep it on_host."
+            )
 
     def init(self, meta_params: MetaParams, key: Key[Array, ""] | None = None) -> WarmState:
         """The state of a new run: every φ_i at `problem.init`, every v_i zero.
@@ -97,9 +105,8 @@ class WarmStart:
         params = jax.tree.map(lambda leaf: rows(jnp.asarray(leaf)), start)
         zeros = jax.tree.map(library.zeros_like, params)
         memory = Memory(params, zeros)
-        mesh = self.step.mesh
-        if not self.on_host and self.size % devices.shards(mesh) == 0:
-            memory = devices.place(mesh, memory, P(devices.TASKS))
+        if not self.on_host:
+            memory = devices.place(self.step.mesh, memory, P(devices.TASKS))
         return WarmState(self.step.init(meta_params, key), memory)
 
     def __call__(

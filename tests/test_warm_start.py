@@ -93,6 +93,8 @@ def test_the_memory_is_spread_over_a_mesh(x64):
             state, _ = warm(state, tasks, jnp.arange(4))
         found.append(state)
     assert found[1].memory.params.sharding.spec == jax.sharding.PartitionSpec("tasks")
+    for shard in jax.tree.leaves(jax.tree.map(lambda x: x.addressable_shards[0], found[1].memory)):
+        assert shard.data.shape[0] == 2  # rows on each of the two devices
     np.testing.assert_allclose(found[0].memory.params, found[1].memory.params, rtol=1e-12)
 
 
@@ -170,6 +172,10 @@ def test_errors_say_what_to_do():
     step = make_step(2, 2)
     with pytest.raises(ValueError, match="size"):
         WarmStart(step, 0)
+    spread = make_step(2, 2, mesh=mm.devices.task_mesh(jax.devices()[:2]))
+    with pytest.raises(ValueError, match="Round it up to 6"):
+        WarmStart(spread, 5)
+    assert WarmStart(spread, 5, on_host=True).size == 5
     warm = WarmStart(step, 5)
     tasks = quadratic_tasks(jax.random.key(0))
     state = warm.init(jnp.ones(4))

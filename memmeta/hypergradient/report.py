@@ -21,11 +21,17 @@ class Report(NamedTuple):
         smallest_curvature: the smallest pᵀ(∂²_φφ g)p / pᵀp met, infinite where none was; negative
             means that φ̂ is no minimum and the implicit function theorem does not hold.
         linear_iterations: Hessian-vector products that went into v.
-        error_estimate: of ‖∇̂F_i − ∇F_i‖ in the space of the context (which is that of θ where the
-            context is θ), see `error_estimate`; infinite for estimators that do not aim at the
-            inner solution: what they give is exact, or unbiased, for the loop as it was run.
+        error_estimate: of ‖∇̂F_i − ∇F_i‖, the distance from the hypergradient of the inner solution,
+            in the space of the context (which is that of θ where the context is θ) and, where φ₀
+            depends on θ, of φ₀; see `error_estimate.judged`. For estimators that draw directions it
+            is that of their mean. It needs a curvature: `Problem.strong_convexity` or, for
+            `implicit`, the smallest met. Infinite where there is none, for `reptile`, which
+            estimates no gradient, and for estimators that take fewer derivatives than it needs
+            unless they are made with `estimate_error=True`.
         error_bound: a rigorous bound on the same error, where the problem gives its constants (see
-            `memmeta.certificate`); its mean over tasks bounds the error of the whole meta-step.
+            `memmeta.certificate`). In θ where `Constants.embedding` bounds ‖∂c/∂θ‖, and its mean
+            over tasks then bounds the error of the whole meta-step; where `embedding` is 1, as for
+            linear heads, it bounds the error in c alone, and ‖∂c/∂θ‖ times its mean that in θ.
         standard_error: the expected length of the random part of the estimate of ∇F_i; 0 for
             estimators that draw nothing.
     """
