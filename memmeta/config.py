@@ -72,19 +72,19 @@ class Config:
     cg_steps: int | None = None
     """Conjugate-gradient steps of each task's linear system, for implicit methods; None: the
     method's own default."""
-    tasks: int = 16
+    tasks: int = 8
     """Tasks in a meta-step."""
     task_chunk: int | None = None
     """Tasks worked on at once, a divisor of TASKS; None: chosen for the platform."""
-    meta_steps: int = 480
+    meta_steps: int = 960
     """Meta-steps to make in all."""
     rate: float = 3e-3
     """Peak rate of Adam, the outer optimiser."""
     seed: int = 0
     """Everything random in the run follows from it."""
-    log_every: int = 20
+    log_every: int = 40
     """Meta-steps in one compiled call, and between two lines of metrics."""
-    checkpoint_every: int = 120
+    checkpoint_every: int = 240
     """Meta-steps between two checkpoints, a multiple of LOG_EVERY."""
     episodes: int = 600
     """Held-out test episodes of the final report."""

@@ -256,3 +256,13 @@ def test_a_data_set_that_is_closed_over_is_checked_too():
         np.testing.assert_array_equal(one, other)
     with pytest.raises(DataError, match="too many"):
         jax.jit(lambda key: Episodes(queries=40).sample(dataset, key))(key)
+
+
+def test_unchecked_episodes_are_padded_never_wrong():
+    # in compiled code nothing can be refused: more queries than a font family has examples
+    dataset, episodes = load("glyphs", "test"), Episodes(queries=15, cross_family=True)
+    task = jax.jit(episodes.sample)(dataset, jax.random.key(0))
+    assert (np.asarray(task.query_targets) == -1).all()
+    assert not np.asarray(task.query_inputs).any()
+    with pytest.raises(DataError, match="queries=25 is too many for these data; use queries <= 20"):
+        jax.jit(Episodes(queries=25).sample)(dataset, jax.random.key(0))

@@ -90,7 +90,8 @@ class Episodes:
         """Draw one task; pure, and fit for `jax.jit` and `jax.vmap`.
 
         Whether the data allow the episodes can be seen outside compiled code only: call `check`
-        once before. (Called outside compiled code, this function does so itself.)
+        once before. (Called outside compiled code, this function does so itself.) Unchecked, what
+        the data do not have is padding.
 
         Args:
             dataset: the classes to draw from, passed as an argument and never closed over.
@@ -113,31 +114,32 @@ class Episodes:
         """
         if not isinstance(dataset.count, jax.core.Tracer):
             self.check(dataset)
+        self._check_sizes(*dataset.inputs.shape[:2])
         support, query = self._candidates(dataset)
         usable, sizes = self._usable(dataset, support, query)
         startable = usable & (sizes >= self.most_ways)
         group = self._group(dataset)
 
         keys = jax.random.split(key, KEYS)
-        first = _draw(keys[0], startable.any(axis=0), 1)[0]  # any class of the drawn group
-        pair = _draw(keys[1], startable[:, first], 1)[0] if len(startable) > 1 else 0
-        classes = _draw(keys[2], usable[pair] & (group == group[first]), self.most_ways)
+        first = _draw(keys[0], startable.any(axis=0), 1)[0][0]  # any class of the drawn group
+        pair = _draw(keys[1], startable[:, first], 1)[0][0] if len(startable) > 1 else 0
+        classes, found = _draw(keys[2], usable[pair] & (group == group[first]), self.most_ways)
 
         rows = classes[:, None]
-        support_examples = _draw(keys[3], support[pair, classes], self.most_shots)
+        support_examples, in_support = _draw(keys[3], support[pair, classes], self.most_shots)
         taken = jax.nn.one_hot(support_examples, support.shape[-1], dtype=bool).any(axis=1)
-        query_examples = _draw(keys[4], query[pair, classes] & ~taken, self.queries)
+        query_examples, in_query = _draw(keys[4], query[pair, classes] & ~taken, self.queries)
 
         inputs = jnp.asarray(dataset.inputs)
         shape = inputs.shape[2:]
         labels = jnp.arange(self.most_ways, dtype=jnp.int32)
-        labels = jnp.where(labels < _between(keys[5], self.ways), labels, PADDING)
+        labels = jnp.where(found & (labels < _between(keys[5], self.ways)), labels, PADDING)
         shots = jnp.arange(self.most_shots, dtype=jnp.int32) < _between(keys[6], self.shots)
         return Task(
             support_inputs=inputs[rows, support_examples].reshape(-1, *shape),
-            support_targets=jnp.where(shots, labels[:, None], PADDING).ravel(),
+            support_targets=jnp.where(shots & in_support, labels[:, None], PADDING).ravel(),
             query_inputs=inputs[rows, query_examples].reshape(-1, *shape),
-            query_targets=jnp.repeat(labels, self.queries),
+            query_targets=jnp.where(in_query, labels[:, None], PADDING).ravel(),
         )
 
     def finish(self, task: Task, key: PRNGKeyArray) -> Task:
@@ -159,8 +161,6 @@ class Episodes:
     def _finished(self, key: PRNGKeyArray, inputs: Array, targets: Array) -> Array:
         if self.augmentation is not None:
             inputs = self.augmentation(key, inputs)
-        if isinstance(self.ways, int) and isinstance(self.shots, int):
-            return inputs
         used = (targets != PADDING).reshape(-1, *(1,) * (inputs.ndim - 1))
         return jnp.where(used, inputs, jnp.zeros_like(inputs))
 
@@ -211,6 +211,14 @@ class Episodes:
                 f"ways={self.ways} is too many for {where}: {owner} has {most} classes with enough "
                 f"examples for shots={self.shots} and queries={self.queries}; use ways <= {most}"
             )
+
+    def _check_sizes(self, classes: int, examples: int) -> None:
+        """What the shape of the data alone forbids."""
+        limits = {"ways": classes, "shots": examples, "queries": examples}
+        for name, most in limits.items():
+            if _ends(getattr(self, name))[1] > most:
+                found = getattr(self, name)
+                raise DataError(f"{name}={found} is too many for these data; use {name} <= {most}")
 
     def _too_few_examples(self, where: str, support: np.ndarray, query: np.ndarray) -> str:
         """Why no class has enough examples, and the most that would do."""
@@ -291,11 +299,14 @@ def _between(key: PRNGKeyArray, value: int | tuple[int, int]) -> Int32[Array, ""
 
 def _draw(
     key: PRNGKeyArray, allowed: Bool[Array, "*rows choices"], number: int
-) -> Int32[Array, "..."]:
+) -> tuple[Int32[Array, "..."], Bool[Array, "..."]]:
     """Draw `number` of the allowed choices in each row, uniformly and without replacement.
+
+    Returns the choices and which of them are allowed: not all where there are fewer than `number`.
 
     The largest of independent scores are such a draw, in random order. float32 also under x64, so
     that a key means the same episode in both.
     """
     scores = jax.random.uniform(key, allowed.shape, jnp.float32)
-    return jax.lax.top_k(jnp.where(allowed, scores, -1.0), number)[1]
+    scores, choices = jax.lax.top_k(jnp.where(allowed, scores, -1.0), number)
+    return choices, scores >= 0
