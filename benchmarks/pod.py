@@ -200,7 +200,7 @@ def first_break(work: Work, chip: Chip, held: int, batch: int, most: int) -> Row
 
     return {
         "strong: products too small": first(False, limited("too small for a chip")),
-        "efficiency below 1/2": first(False, lambda row: row["efficiency"] < 0.5),
+        "efficiency 1/2 or less": first(False, lambda row: row["efficiency"] <= 0.5),
         "no task left": first(False, limited("no task")),
         "weak: all-reduce over compute": first(True, limited("the all-reduce")),
         "weak: efficiency below 0.9": first(True, lambda row: row["efficiency"] < 0.9),
