@@ -9,12 +9,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree
 
 from memmeta import trees
 from memmeta.head_constants import with_softmax_constants
-from memmeta.linear_head import HeadContext, softmax_problem
+from memmeta.linear_head import (
+    HeadContext,
+    accuracy,
+    cross_entropies,
+    present,
+    softmax_problem,
+    weighted_mean,
+)
 from memmeta.models import Network, linear_head
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
 
@@ -117,18 +123,6 @@ def head_problem(
     return Problem(embed, inner_loss, outer_loss, init)
 
 
-def present(targets: Shaped[Array, "..."]) -> Float[Array, " n"]:
-    """The weight of each example: 0 for padding (integer targets of -1), otherwise 1.
-
-    Example:
-        >>> present(jnp.array([0, 1, -1])).tolist()
-        [1.0, 1.0, 0.0]
-    """
-    if trees.is_inexact(targets):
-        return jnp.ones(targets.shape[0], jnp.float32)
-    return (targets >= 0).astype(jnp.float32)
-
-
 def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " support"]) -> Scalar:
     """Mean cross-entropy; padding does not count.
 
@@ -136,21 +130,14 @@ def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " sup
         >>> round(float(support_loss(jnp.zeros((2, 2)), jnp.array([0, -1]))), 4)
         0.6931
     """
-    labels = jnp.maximum(targets, 0)
-    return _mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels), targets)
-
-
-def _mean(values: Float[Array, " n"], targets: Int[Array, " n"]) -> Scalar:
-    weights = present(targets).astype(values.dtype)
-    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1)
+    return weighted_mean(cross_entropies(logits, targets), present(targets))
 
 
 def query_loss(
     logits: Float[Array, "query ways"], targets: Int[Array, " query"]
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """Mean cross-entropy, and {"accuracy": share of the query examples classified rightly}."""
-    right = (jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype)
-    return support_loss(logits, targets), {"accuracy": _mean(right, targets)}
+    return support_loss(logits, targets), {"accuracy": accuracy(logits, targets)}
 
 
 def network_problem(
