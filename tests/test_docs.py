@@ -36,14 +36,14 @@ def site(tmp_path_factory):
 
 
 def public_names():
-    """(package, name) for every name in an `__all__` of the package."""
-    packages = ["memmeta"]
-    packages += [p.name for p in pkgutil.iter_modules(memmeta.__path__, "memmeta.") if p.ispkg]
-    for package in packages:
-        module = importlib.import_module(package)
-        for name in getattr(module, "__all__", ()):
-            if not inspect.ismodule(getattr(module, name)):
-                yield package, name
+    """(module, name) for all that packages list in `__all__` and modules beside them define."""
+    modules = [m.name for m in pkgutil.iter_modules(memmeta.__path__, "memmeta.")]
+    for path in ["memmeta", *(m for m in modules if not m.endswith("__"))]:
+        module = importlib.import_module(path)
+        own = [n for n, v in vars(module).items() if getattr(v, "__module__", None) == path]
+        for name in getattr(module, "__all__", own):
+            if not name.startswith("_") and not inspect.ismodule(getattr(module, name)):
+                yield path, name
 
 
 def test_every_public_name_has_an_entry(site):
