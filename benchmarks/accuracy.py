@@ -6,7 +6,8 @@ Each result (method, setting, seed) is a line of accuracy.jsonl in DIR, and is n
 table and accuracy.png are made of these lines alone. What was interrupted goes on where it stopped.
 
 Equal seconds: after compiling, a few meta-steps are timed, and all seeds make as many as fit. On
-one core (`taskset -c 0` on Linux) they are the processor's own seconds, whatever else it does.
+one core (`taskset -c 0`) or in one thread (XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) they are
+the processor's own seconds, whatever else it does.
 
 Accuracy: mean ± 1.96 s / √n over the same 600 tasks for every method, then the range over seeds. At
 test, batch norm takes its statistics from support and query ("transductive") or from the support
