@@ -22,6 +22,7 @@ from memmeta.trees import is_inexact
 
 # Tags that keep the run's random draws apart from one another.
 INIT, TRAIN, VALIDATION, TEST = range(4)
+JUDGED_TOGETHER = 10  # episodes on each device: one program whatever their number
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Trainer:
     def init(self) -> MetaState:
         """The state before the first meta-step."""
         key = jax.random.key(self.config.seed)
-        theta = self.learner.init(jax.random.fold_in(key, INIT))
+        theta = jax.jit(self.learner.init)(jax.random.fold_in(key, INIT))
         return self.meta_step.init(theta, key)
 
     def batch(self, state: MetaState, dataset: Dataset) -> Batch:
@@ -69,6 +70,7 @@ class Trainer:
         is donated. `.memory_analysis()` tells what it needs.
         """
 
+        @jax.jit  # traced once, for its shapes and for the loop
         def one_step(state: MetaState, dataset: Dataset) -> tuple[MetaState, Metrics]:
             state, metrics = self.meta_step.update(state, self.batch(state, dataset))
             return state, metrics._replace(tasks=None)
@@ -98,10 +100,15 @@ class Trainer:
         """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
         learner = self.config.learner(self.splits["test"], test=True)
         mesh = self.meta_step.mesh
+        together = JUDGED_TOGETHER * devices.shards(mesh)
 
-        @partial(jax.jit, static_argnums=(2, 3), out_shardings=self.everywhere)
+        @partial(jax.jit, static_argnums=2, out_shardings=self.everywhere)
         def accuracies(
-            theta: MetaParams, dataset: Dataset, episodes: Episodes, count: int, key: Key[Array, ""]
+            theta: MetaParams,
+            dataset: Dataset,
+            episodes: Episodes,
+            first: Int32[Array, ""],
+            key: Key[Array, ""],
         ) -> Float[Array, " tasks"]:
             def judged(
                 theta: MetaParams,
@@ -110,9 +117,9 @@ class Trainer:
                 numbers: Int32[Array, " share"],
             ) -> Float[Array, " share"]:
                 tasks = episodes.sample_batch(dataset, key, numbers.size, numbers[0])
-                return learner.evaluate(theta, tasks, task_chunk=10).aux["accuracy"]
+                return learner.evaluate(theta, tasks).aux["accuracy"]
 
-            numbers = jnp.arange(count, dtype=jnp.int32)
+            numbers = first + jnp.arange(together, dtype=jnp.int32)
             return devices.spread(mesh, judged, split=1, out=True)(theta, dataset, key, numbers)
 
         def evaluate(
@@ -122,9 +129,11 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
             episodes.check(dataset)
-            even = -(-count // devices.shards(mesh)) * devices.shards(mesh)
-            found = accuracies(state.meta_params, dataset, episodes, even, key)
-            return confidence_interval(np.asarray(found)[:count])
+            found = [
+                accuracies(state.meta_params, dataset, episodes, jnp.int32(first), key)
+                for first in range(0, count, together)
+            ]
+            return confidence_interval(np.concatenate(found)[:count])
 
         return evaluate
 
