@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from memmeta import trees
 from memmeta.inner import hessian_product
 from memmeta.lanczos import extreme_eigenvalues
-from memmeta.problem import Constants, Context, Params, Problem, Scalar
+from memmeta.problem import Constants, Context, Deviations, Params, Problem, Scalar
 
 
 class Certificate(NamedTuple):
@@ -43,12 +43,12 @@ class Measured(NamedTuple):
     Attributes:
         gradient: ‖∇_φ g(φ̂)‖.
         residual: ‖∂_φ f − (∂²_φφ g) v̂‖, undamped and absolute.
-        solution: ‖v̂‖.
+        solution: v̂; where only `Constants` are used, its norm will do.
     """
 
     gradient: Scalar
     residual: Scalar
-    solution: Scalar
+    solution: Params
 
 
 def distance_bound(gradient: Scalar, strong_convexity: Scalar) -> Scalar:
@@ -95,23 +95,57 @@ def bound(constants: Constants, strong_convexity: Scalar, measured: Measured) ->
         >>> round(float(bound(constants, jnp.float32(0.5), measured).total), 3)
         0.84
     """
-    # B/μ first: r = 0 and μ = 0 together promise nothing
-    amplification = _divided(constants.coupling, strong_convexity)
+    sensitivity = _divided(constants.coupling, strong_convexity)
     distance = distance_bound(measured.gradient, strong_convexity)
-    slope = constants.outer_context + constants.mixed * measured.solution
-    slope += amplification * (constants.outer_params + constants.hessian * measured.solution)
-    possible = (strong_convexity > 0) & jnp.isfinite(distance)
-    inner = jnp.where(possible, constants.embedding * slope * distance, jnp.inf)
-    linear = constants.embedding * amplification * measured.residual
-    linear = jnp.where(possible, linear, jnp.inf)
+    along = distance * trees.norm(measured.solution)
+    deviations = Deviations(
+        outer_context=constants.outer_context * distance,
+        outer_params=constants.outer_params * distance,
+        mixed=constants.mixed * along,
+        hessian=sensitivity * constants.hessian * along,
+        sensitivity=sensitivity,
+        embedding=constants.embedding,
+    )
+    return bound_from(deviations, distance, measured.residual)
+
+
+def bound_from(deviations: Deviations, distance: Scalar, residual: Scalar) -> Certificate:
+    r"""The rigorous bound from what can have changed between φ̂ and φ*.
+
+    $$\|\hat\nabla F_i - \nabla F_i\| \le \|\Delta \partial_c f\| + \|\Delta M \hat v\| +
+      \|M^* {H^*}^{-1} \Delta H \hat v\| + \|M^* {H^*}^{-1}\| \,
+      (\|\Delta \partial_\phi f\| + \|r\|)$$
+
+    times `deviations.embedding`. Derived in docs/theory.md, section "Certificate".
+
+    Args:
+        deviations: valid for every φ* within the distance.
+        distance: bound on ‖φ̂ − φ*‖; where it is not finite nothing is promised.
+        residual: ‖r‖.
+
+    Returns:
+        The `Certificate`, rigorous up to rounding.
+    """
+    d = deviations
+    inner = d.outer_context + d.mixed + d.hessian + d.sensitivity * d.outer_params
+    # r = 0 and an infinite distance together promise nothing either
+    possible = jnp.isfinite(distance)
+    inner = jnp.where(possible, d.embedding * inner, jnp.inf)
+    linear = jnp.where(possible, d.embedding * d.sensitivity * residual, jnp.inf)
     return Certificate(_inf_for_nan(inner), _inf_for_nan(linear), distance, jnp.bool_(True))
 
 
+def certifiable(problem: Problem) -> bool:
+    """Whether a problem gives what `certify` needs."""
+    known = problem.constants is not None or problem.deviations is not None
+    return known and problem.strong_convexity is not None
+
+
 def certify(problem: Problem, params: Params, solution: Params, context: Context) -> Certificate:
-    """The rigorous bound of one task, from its `Problem.constants` and `strong_convexity`.
+    """The rigorous bound of one task, from its `Problem.deviations` or else its `constants`.
 
     Args:
-        problem: with both functions.
+        problem: with one of them, and `strong_convexity`.
         params: φ̂.
         solution: v̂, like `params`.
         context: of the task.
@@ -142,15 +176,21 @@ def certify(problem: Problem, params: Params, solution: Params, context: Context
 def certify_measured(
     problem: Problem, params: Params, measured: Measured, context: Context
 ) -> Certificate:
-    """`certify` where the three norms are already known, as inside an estimator."""
-    missing = [n for n in ("strong_convexity", "constants") if getattr(problem, n) is None]
-    if missing:
+    """`certify` where φ̂ and v̂ are already measured, as inside an estimator."""
+    if not certifiable(problem):
         raise ValueError(
-            f"problem: a rigorous bound needs {' and '.join(missing)}, found None. Give them to "
-            "Problem(...) (a ridge or a proximal term gives μ), or use certificate.estimate."
+            "problem: a rigorous bound needs strong_convexity, and constants or deviations; found "
+            "None. Give them to Problem(...) (a ridge or a proximal term gives μ), or use "
+            "certificate.estimate."
         )
+    assert problem.strong_convexity is not None
     mu = problem.strong_convexity(context).astype(measured.gradient.dtype)
     radius = distance_bound(measured.gradient, mu)
+    if problem.deviations is not None:
+        near = jnp.where(jnp.isfinite(radius), radius, 0)
+        found = problem.deviations(params, measured.solution, near, context)
+        return bound_from(found, radius, measured.residual)
+    assert problem.constants is not None
     return bound(problem.constants(params, radius, context), mu, measured)
 
 
@@ -159,7 +199,7 @@ def measure(problem: Problem, params: Params, solution: Params, context: Context
     gradient, product = hessian_product(problem, params, context)
     outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
     residual = jax.tree.map(jnp.subtract, outer, product(solution))
-    return Measured(trees.norm(gradient), trees.norm(residual), trees.norm(solution))
+    return Measured(trees.norm(gradient), trees.norm(residual), solution)
 
 
 def estimate(

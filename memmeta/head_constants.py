@@ -10,7 +10,10 @@ constant t:
 Derived in docs/theory.md, section "Linear heads".
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +25,17 @@ from memmeta.linear_head import (
     HeadParams,
     augmented,
     largest_eigenvalue_bound,
+    present,
+    shares,
     stacked,
 )
-from memmeta.problem import Constants, Problem, Scalar
+from memmeta.problem import Constants, Deviations, Problem, Scalar
 
 SOFTMAX = (0.5, 6**0.5 / 9)
 SQUARED = (1.0, 0.0)
+
+FAR = 60.0
+"""A reach beyond which e^R says nothing more."""
 
 
 def softmax_constants(params: HeadParams, radius: Scalar, context: HeadContext) -> Constants:
@@ -66,39 +74,173 @@ def squared_constants(params: HeadParams, radius: Scalar, context: HeadContext) 
 
 
 def with_softmax_constants(problem: Problem) -> Problem:
-    """A problem of `linear_head.softmax_problem`, able to certify its hypergradients."""
-    return replace(problem, constants=softmax_constants)
+    """A problem of `linear_head.softmax_problem`, able to certify its hypergradients.
+
+    Any other inner loss may stand in it that adds to the cross-entropy a quadratic penalty of at
+    least `strong_convexity`/2 · ‖Φ‖².
+    """
+    return _able(problem, softmax_constants, SOFTMAX)
 
 
 def with_squared_constants(problem: Problem) -> Problem:
-    """A problem of `linear_head.squared_problem`, able to certify its hypergradients."""
-    return replace(problem, constants=squared_constants)
+    """The same for a problem of `linear_head.squared_problem`."""
+    return _able(problem, squared_constants, SQUARED)
+
+
+def _able(problem: Problem, constants: Callable, caps: tuple[float, float]) -> Problem:
+    if problem.strong_convexity is None:
+        return replace(problem, constants=constants)
+    return replace(problem, constants=constants, deviations=partial(_deviations, problem, caps))
+
+
+class _Samples(NamedTuple):
+    """The support or the query examples of one task at φ̂.
+
+    Attributes:
+        features: X̃.
+        length: ‖x̃_i‖.
+        shares: s_i, which add up to 1; zero for padding.
+        logits: z_i.
+        slopes: ∂ℓ_i/∂z_i.
+    """
+
+    features: Float[Array, "n augmented"]
+    length: Float[Array, " n"]
+    shares: Float[Array, " n"]
+    logits: Float[Array, "n ways"]
+    slopes: Float[Array, "n ways"]
+
+
+def _samples(
+    features: Array, targets: Array, weights: Array, matrix: Array, caps: tuple
+) -> _Samples:
+    features = augmented(features)
+    if not trees.is_inexact(targets):
+        targets = jax.nn.one_hot(targets, matrix.shape[1], dtype=features.dtype)
+    logits = features @ matrix.astype(features.dtype)
+    predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
+    slopes = predicted - targets.astype(features.dtype)
+    length = jnp.linalg.norm(features, axis=1)
+    return _Samples(features, length, shares(weights, features.dtype), logits, slopes)
+
+
+def _support_and_query(
+    params: HeadParams, context: HeadContext, caps: tuple
+) -> tuple[_Samples, _Samples]:
+    matrix = stacked(params)
+    support = (context.support_features, context.support_targets, context.weights)
+    query = (context.query_features, context.query_targets, present(context.query_targets))
+    return _samples(*support, matrix, caps), _samples(*query, matrix, caps)
+
+
+def _curvature(samples: _Samples) -> Scalar:
+    """λmax(Σ s_i x̃_i x̃_iᵀ)."""
+    return _largest(samples.features * jnp.sqrt(samples.shares)[:, None])
 
 
 def _constants(
     params: HeadParams, radius: Scalar, context: HeadContext, caps: tuple[float, float]
 ) -> Constants:
     a, t = caps
-    support, query = augmented(context.support_features), augmented(context.query_features)
-    shares = jnp.full_like(support[:, 0], 1 / support.shape[0])
-    if context.support_weights is not None:
-        weights = context.support_weights.astype(support.dtype)
-        shares = weights / jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
-    matrix = stacked(params).astype(support.dtype)
-    radius = radius.astype(support.dtype)
-    kernel = jnp.sqrt(_largest(matrix[:-1])) + radius  # w
-    length, query_length = jnp.linalg.norm(support, axis=1), jnp.linalg.norm(query, axis=1)
-    error = _errors(support @ matrix, context.support_targets, caps)
-    query_error = _errors(query @ matrix, context.query_targets, caps)
-    curvature = _largest(support * jnp.sqrt(shares)[:, None])
+    support, query = _support_and_query(params, context, caps)
+    radius = radius.astype(support.length.dtype)
+    kernel = jnp.sqrt(_largest(stacked(params)[:-1])).astype(radius.dtype) + radius  # w
+    error, query_error = (jnp.linalg.norm(x.slopes, axis=1) for x in (support, query))
+    length, share = support.length, support.shares
     return Constants(
-        outer_context=_norm((query_error + a * kernel * query_length) / query.shape[0]),
-        outer_params=a * _largest(query) / query.shape[0],
-        mixed=_norm(shares * (2 * a * length + t * kernel * length**2)),
-        hessian=t * jnp.max(length) * curvature,
-        coupling=_norm(shares * (error + a * length * radius + a * kernel * length)),
+        outer_context=_norm(query.shares * (query_error + a * kernel * query.length)),
+        outer_params=a * _curvature(query),
+        mixed=_norm(share * (2 * a * length + t * kernel * length**2)),
+        hessian=t * jnp.max(length) * _curvature(support),
+        coupling=_norm(share * (error + a * length * radius + a * kernel * length)),
         embedding=jnp.ones_like(kernel),
     )
+
+
+def _deviations(
+    problem: Problem,
+    caps: tuple[float, float],
+    params: HeadParams,
+    solution: HeadParams,
+    radius: Scalar,
+    context: HeadContext,
+) -> Deviations:
+    r"""The same changes, bounded together for the v̂ at hand.
+
+    $$E = \min\big(\|[s_i \partial\ell_i]\| + \|[s_i d_i]\|, \sqrt{2 s_{\max} g}\big), \quad
+      w = \min(\|\hat W\| + \delta, \sqrt{2 g/\mu}), \quad
+      \|M^* {H^*}^{-1}\| \le \frac E\mu + \frac w2 \sqrt{\frac{a s_{\max}}\mu}$$
+    $$\|M^* {H^*}^{-1} \Delta H \hat v\| \le \Big(\frac E{\sqrt\mu} + w \sqrt{a s_{\max}}\Big)
+      \Big(\sum_i s_i \, 4 \sinh^2 \frac{R_i}2 \, u_i^\top D_i u_i\Big)^{1/2}, \qquad
+      u_i = \hat V^\top \tilde x_i, \quad R_i = \sqrt2 \|\tilde x_i\| \delta$$
+
+    with d_i a bound on the change of ∂ℓ_i and D_i = ∂²ℓ_i/∂z_i² at φ̂. Derived in docs/theory.md,
+    section "Linear heads".
+    """
+    assert problem.strong_convexity is not None
+    a, t = caps
+    support, query = _support_and_query(params, context, caps)
+    dtype = support.length.dtype
+    mu, value = problem.strong_convexity(context), problem.inner_loss(params, context)
+    mu, value, radius = (x.astype(dtype) for x in (jnp.where(mu > 0, mu, 1), value, radius))
+    matrix, direction = (stacked(x).astype(dtype) for x in (params, solution))
+    heaviest = jnp.max(support.shares)
+    moved, query_moved = _moved(support, radius, caps), _moved(query, radius, caps)
+
+    kernel = jnp.sqrt(jnp.minimum((_largest(matrix[:-1]) ** 0.5 + radius) ** 2, 2 * value / mu))
+    errors = jnp.sqrt(_largest(support.shares[:, None] * support.slopes))
+    errors = jnp.minimum(errors + _norm(support.shares * moved), jnp.sqrt(2 * heaviest * value))
+    bent = kernel * jnp.sqrt(a * heaviest)
+    sensitivity = errors / mu + bent / (2 * jnp.sqrt(mu))
+
+    along = support.features @ direction  # u
+    curved = _curved(support, along, caps)
+    size = jnp.linalg.norm(along, axis=1)
+    change = jnp.minimum(t * support.length * radius, a) * size  # of D_i u_i
+    turned = jnp.sqrt(_curvature(support) * jnp.sum(support.shares * change**2))  # ‖ΔH v̂‖
+    energy = jnp.minimum(_energy(support, along, curved, radius, caps), turned / jnp.sqrt(mu))
+    hessian = jnp.minimum(sensitivity * turned, (errors / jnp.sqrt(mu) + bent) * energy)
+
+    across = jnp.sqrt(_largest(direction[:-1])) * moved + kernel * change
+    query_errors = jnp.linalg.norm(query.slopes, axis=1)
+    steepness = _curvature(query)
+    spread = jnp.sqrt(steepness * jnp.sum(query.shares * query_moved**2))
+    return Deviations(
+        outer_context=_norm(query.shares * (query_errors * radius + kernel * query_moved)),
+        outer_params=jnp.minimum(a * steepness * radius, spread),
+        mixed=_norm(support.shares * (across + radius * jnp.linalg.norm(curved, axis=1))),
+        hessian=hessian,
+        sensitivity=sensitivity,
+        embedding=jnp.ones_like(mu),
+    )
+
+
+def _moved(samples: _Samples, radius: Scalar, caps: tuple[float, float]) -> Float[Array, " n"]:
+    """d_i: how far ∂ℓ_i can be from where it is at φ̂; two probabilities differ by at most √2."""
+    moved = caps[0] * samples.length * radius
+    return jnp.minimum(moved, 2**0.5) if caps == SOFTMAX else moved
+
+
+def _curved(samples: _Samples, along: Array, caps: tuple[float, float]) -> Array:
+    """D_i u_i at φ̂."""
+    if caps != SOFTMAX:
+        return along
+    p = jax.nn.softmax(samples.logits)
+    return p * (along - jnp.sum(p * along, axis=1, keepdims=True))
+
+
+def _energy(
+    samples: _Samples, along: Array, curved: Array, radius: Scalar, caps: tuple[float, float]
+) -> Scalar:
+    """ΔH v̂ in the norm of H*⁻¹: D_i changes by a factor of at most e^R, R as two logits differ."""
+    if caps != SOFTMAX:
+        return jnp.zeros_like(radius)
+    reach = 2**0.5 * samples.length * radius
+    size = jnp.sum(along**2, axis=1)
+    squares = jnp.sum(along * curved, axis=1) + 4 * jnp.finfo(size.dtype).eps * size
+    growth = 2 * jnp.sinh(jnp.minimum(reach, FAR) / 2)
+    found = jnp.sqrt(jnp.sum(samples.shares * growth**2 * squares))
+    return jnp.where(jnp.max(reach) < FAR, found, jnp.inf)
 
 
 def _norm(vector: Float[Array, " n"]) -> Scalar:
@@ -109,13 +251,3 @@ def _largest(matrix: Float[Array, "n m"]) -> Scalar:
     """A bound from above on ‖matrix‖₂²."""
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return largest_eigenvalue_bound(jnp.matmul(small, small.T, precision=jax.lax.Precision.HIGHEST))
-
-
-def _errors(
-    logits: Float[Array, "n ways"], targets: Array, caps: tuple[float, float]
-) -> Float[Array, " n"]:
-    """‖∂ℓ_i/∂z_i‖ of every sample."""
-    if not trees.is_inexact(targets):
-        targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-    predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
-    return jnp.linalg.norm(predicted - targets.astype(logits.dtype), axis=-1)

@@ -56,6 +56,30 @@ class Constants(NamedTuple):
     embedding: Scalar
 
 
+class Deviations(NamedTuple):
+    r"""How far one task's derivatives at φ̂ can be from those at φ*, v̂ held fixed.
+
+    With $M = \partial^2_{c\phi} g$ and $H = \partial^2_{\phi\phi} g$, a hat for values at φ̂ and a
+    star for those at φ*. What `Constants` bound by products, a problem that knows its structure can
+    bound together, and more sharply.
+
+    Attributes:
+        outer_context: bound on ‖∂_c f(φ̂) − ∂_c f(φ*)‖.
+        outer_params: bound on ‖∂_φ f(φ̂) − ∂_φ f(φ*)‖.
+        mixed: bound on ‖(M̂ − M*) v̂‖.
+        hessian: bound on ‖M* H*⁻¹ (Ĥ − H*) v̂‖.
+        sensitivity: bound on ‖M* H*⁻¹‖ = ‖∂φ*/∂c‖.
+        embedding: as in `Constants`.
+    """
+
+    outer_context: Scalar
+    outer_params: Scalar
+    mixed: Scalar
+    hessian: Scalar
+    sensitivity: Scalar
+    embedding: Scalar
+
+
 @dataclass(frozen=True)
 class Problem:
     r"""A bilevel problem over tasks, as four pure functions of one task.
@@ -80,6 +104,8 @@ class Problem:
             head. Optional: it lets solvers and estimators work in the space of the samples.
         constants: (φ, radius, context) -> `Constants` valid within that distance of φ. Optional:
             with it and `strong_convexity` every implicit hypergradient has a rigorous error bound.
+        deviations: (φ̂, v̂, radius, context) -> `Deviations` for every φ* within that distance of φ̂.
+            Optional: a sharper bound than that of the constants.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,3 +127,4 @@ class Problem:
     strong_convexity: Callable[[Context], Scalar] | None = None
     head: Callable[[Context], Any] | None = None
     constants: Callable[[Params, Scalar, Context], Constants] | None = None
+    deviations: Callable[[Params, Params, Scalar, Context], Deviations] | None = None

@@ -103,10 +103,12 @@ def random_features(key):
 
 def head_problem(ridge, squared=False):
     make = linear_head.squared_problem if squared else linear_head.softmax_problem
-    add = (
-        head_constants.with_squared_constants if squared else head_constants.with_softmax_constants
-    )
-    return add(make(lambda theta, batch: batch, lambda theta: theta, ridge))
+    return with_constants(squared)(make(lambda theta, batch: batch, lambda theta: theta, ridge))
+
+
+def with_constants(squared):
+    name = "squared" if squared else "softmax"
+    return getattr(head_constants, f"with_{name}_constants")
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -117,7 +119,7 @@ def test_bound_on_random_heads(x64, squared):
         keys = jax.random.split(key, 4)
         ridge = 10 ** jax.random.uniform(keys[0], minval=-3.0, maxval=0.5)
         problem = head_problem(0.0, squared)
-        ridged = head_problem_with(problem, ridge)
+        ridged = with_constants(squared)(head_problem_with(problem, ridge))
         context = random_features(keys[1])
         start = {
             "kernel": jax.random.normal(keys[2], (3, 3)),
@@ -126,7 +128,7 @@ def test_bound_on_random_heads(x64, squared):
         return errors_and_bounds(ridged, start, context, keys[3])
 
     error, bound, guess, away, distance = run(jax.random.split(jax.random.key(0), 600))
-    check(error, bound, away, distance)
+    check(error, bound, away, distance, 500 if squared else 300)
     share = np.mean(np.asarray(guess) >= np.asarray(error))
     assert share > 0.5, f"the estimate covers {share:.0%} of the errors"
 
@@ -144,7 +146,6 @@ def head_problem_with(problem, ridge):
         problem.init,
         smoothness=lambda context: problem.smoothness(context) + ridge,
         strong_convexity=lambda context: ridge,
-        constants=problem.constants,
     )
 
 
@@ -184,18 +185,19 @@ def test_bound_on_random_quadratics(x64):
         return errors_and_bounds(problem, jnp.zeros(6), c, keys[8])
 
     error, bound, _, away, distance = run(jax.random.split(jax.random.key(1), 600))
-    check(error, bound, away, distance)
+    check(error, bound, away, distance, 20)
 
 
-def check(error, bound, away, distance):
+def check(error, bound, away, distance, loosest):
     assert error.size >= 1000
     assert np.all(np.isfinite(bound))
     slack = 1e-9 * (1 + np.asarray(bound))
     assert np.all(error <= bound + slack), np.max(error / bound)
     assert np.all(away <= distance + slack), np.max(away / distance)
     seen = np.asarray(error) > 1e-6
-    print("median bound/error", np.median(bound[seen] / error[seen]))
-    assert np.median(bound[seen] / error[seen]) < 1e4
+    tightness = np.median(bound[seen] / error[seen])
+    print("median bound/error", tightness)
+    assert tightness < loosest
 
 
 def test_nothing_is_promised_without_strong_convexity(x64):

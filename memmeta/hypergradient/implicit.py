@@ -87,9 +87,7 @@ def implicit(
         else:
             found = slopes(problem, params, solution.value, outer, context)
             estimate = jnp.full_like(curvature, jnp.inf)
-        measured = Measured(
-            trees.norm(gradient), trees.norm(found.params), trees.norm(solution.value)
-        )
+        measured = Measured(trees.norm(gradient), trees.norm(found.params), solution.value)
         report = Report(
             inner_gradient_norm=trees.norm(gradient),
             inner_steps=state.steps.astype(loss.dtype),

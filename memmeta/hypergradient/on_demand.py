@@ -34,7 +34,7 @@ def error_bound(
     problem: Problem, params: Params, measured: Measured, context: Context
 ) -> Float[Array, ""]:
     """The bound of `certificate.certify`, infinite where the problem gives no constants."""
-    if problem.constants is None or problem.strong_convexity is None:
+    if not certificate.certifiable(problem):
         return jnp.full_like(measured.gradient, jnp.inf)
     return certificate.certify_measured(problem, params, measured, context).total
 
@@ -70,10 +70,10 @@ def until(
         outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
         made = solver.make(problem, params, context) if isinstance(solver, SolverAt) else solver
         found = made(product, outer, guess)
-        if problem.constants is None or problem.strong_convexity is None:
+        if not certificate.certifiable(problem):
             return found.value, certificate.estimate(problem, params, found.value, context).total
         residual = found.residual * trees.norm(outer)
-        measured = Measured(trees.norm(gradient), residual, trees.norm(found.value))
+        measured = Measured(trees.norm(gradient), residual, found.value)
         return found.value, error_bound(problem, params, measured, context)
 
     def unfinished(pair: Pair) -> Bool[Array, ""]:

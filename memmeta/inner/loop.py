@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32
 from memmeta import trees
 from memmeta.inner.descent import accelerated
 from memmeta.inner.solver import InnerSolver, from_optax
-from memmeta.problem import Constants, Context, Params, Problem, Scalar
+from memmeta.problem import Constants, Context, Deviations, Params, Problem, Scalar
 
 DEFAULT = accelerated()
 
@@ -70,8 +70,15 @@ def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable
         assert given is not None
         return given(restore(wide), radius, context)
 
+    sharper = problem.deviations
+
+    def deviations(wide: Params, solution: Params, radius: Scalar, context: Context) -> Deviations:
+        assert sharper is not None
+        return sharper(restore(wide), solution, radius, context)
+
     bound = replace(problem, inner_loss=inner_loss, outer_loss=outer_loss)
-    return replace(bound, constants=given and constants), wide, restore
+    bound = replace(bound, constants=given and constants, deviations=sharper and deviations)
+    return bound, wide, restore
 
 
 @dataclass(frozen=True)
