@@ -32,7 +32,7 @@ SMALL = [
 def run(tmp_path_factory):
     """The folder of one small finished run."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", "--run", str(path), *SMALL]) == 0
+    assert main(["train", "--run", str(path), "--tensorboard", *SMALL]) == 0
     return path
 
 
@@ -56,6 +56,7 @@ def test_a_run_leaves_everything_behind(run):
     report = json.loads((run / "report.json").read_text())
     assert set(report["accuracy"]) == {"any styles", "different font families"}
     assert report["meta_step_temporary_bytes"] > 0
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert RunFolder(run).config().ways == 3
     assert checkpoints.whole(run / "checkpoints") == [6, 4, 2]
@@ -73,7 +74,7 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
         (copy / "checkpoints" / f"{step:08d}.json").unlink()
     with (copy / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "torn')
-    assert main(["train", "--run", str(copy), "--resume"]) == 0
+    assert main(["train", "--run", str(copy), "--resume", "--devices=1"]) == 0
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.tree.map(_plain, parameters(run)),
