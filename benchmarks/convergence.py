@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from benchmarks import claims_cost, claims_rates
-from benchmarks.experiment import Experiment
+from benchmarks.experiment import Experiment, Footprint
 from benchmarks.fits import table
 
 EXPERIMENTS: dict[str, Callable[[Array, bool], Experiment]] = {
@@ -68,6 +68,16 @@ def picture(experiments: list[Experiment], path: Path) -> None:
     pyplot.close(figure)
 
 
+def beside(experiment: Experiment) -> list[str]:
+    """The memory that goes with the curves, curves of the same program together."""
+    grouped: dict[Footprint, list[str]] = {}
+    for curve, taken in experiment.memory.items():
+        grouped.setdefault(taken, []).append(curve)
+    more = {n: f" and {n - 1} more" for n in map(len, grouped.values()) if n > 1}
+    names = [curves[0] + more.get(len(curves), "") for curves in grouped.values()]
+    return [f"{name:44} {taken}" for name, taken in zip(names, grouped, strict=True)]
+
+
 def record(experiment: Experiment) -> dict[str, Any]:
     """An experiment as plain numbers."""
 
@@ -107,13 +117,12 @@ def main(arguments: list[str] | None = None) -> bool:
     with ThreadPoolExecutor(2) as pool:  # most of the time is the compiler's, which uses one core
         found = dict(zip(chosen, pool.map(one, chosen), strict=True))
     for experiment in found.values():
-        print("\n".join(experiment.lines), end="\n" * bool(experiment.lines))
+        print(*experiment.lines, sep="\n", end="\n" * bool(experiment.lines))
     claims = [claim for experiment in found.values() for claim in experiment.claims]
     print(table(claims))
     print("temporary memory of one compiled meta-step, beside the curves")
     for name, experiment in found.items():
-        for curve, taken in experiment.memory.items():
-            print(f"    {name:13} {curve:40} {taken}")
+        print("\n".join(f"    {name:13} {line}" for line in beside(experiment)))
     picture(list(found.values()), options.out / "convergence.png")
     results = {name: record(experiment) for name, experiment in found.items()}
     (options.out / "convergence.json").write_text(json.dumps(results))
