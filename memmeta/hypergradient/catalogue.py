@@ -27,7 +27,7 @@ class Entry(NamedTuple):
         memory: growth with the number K of inner steps.
         random: whether it draws directions: right on average only.
         heads: whether it needs a problem with a linear head.
-        error: size of its own error relative to the gradient: 0 for rounding alone.
+        error: size of its bias in float64, relative to the gradient: 0 for rounding alone.
     """
 
     make: Callable[[], Estimator]
@@ -53,11 +53,11 @@ ESTIMATORS: dict[str, Entry] = {
     "unrolled-sqrt": Entry(lambda: unrolled("sqrt"), "steps", "root"),
     "unrolled-recursive": Entry(lambda: unrolled("recursive"), "steps", "logarithmic"),
     "mixed_mode": Entry(mixed_mode, "steps", "linear"),
-    "hessian_free": Entry(hessian_free, "steps", "linear", error=1e-5),
+    "hessian_free": Entry(hessian_free, "steps", "linear", error=1e-9),
     "forward_mode": Entry(forward_mode, "steps", "flat"),
     "forward_mode-random": Entry(lambda: forward_mode(4), "steps", "flat", random=True),
     "finite_difference": Entry(
-        lambda: finite_difference(4), "steps", "flat", random=True, error=1e-5
+        lambda: finite_difference(4), "steps", "flat", random=True, error=1e-9
     ),
     "evolution_strategies": Entry(evolution_strategies, "steps", "flat", random=True, error=1e-3),
     "truncated": Entry(lambda: truncated(3), "own", "flat"),

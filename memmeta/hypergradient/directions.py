@@ -11,12 +11,50 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from memmeta import trees
-from memmeta.hypergradient.report import unsolved_report
-from memmeta.inner import InnerLoop, widened
-from memmeta.problem import Batch, MetaParams, Problem
+from memmeta.hypergradient.error_estimate import can_be_judged, loop_error
+from memmeta.hypergradient.estimator import Embedded, bind, embedded
+from memmeta.hypergradient.report import Report, unsolved_report
+from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.problem import Batch, Context, MetaParams, Problem, Scalar
+
+
+def losses_and_reports(
+    problem: Problem,
+    inner: InnerLoop,
+    meta_params: MetaParams,
+    tasks: Batch,
+    estimate_error: bool,
+) -> tuple[Float[Array, " tasks"], PyTree, Report]:
+    """f_i(θ, φ_K), aux and report of every task, with an `error_estimate` where asked for."""
+    chunk = embedded(problem, meta_params, tasks)
+
+    def one_task(active: Context, passive: Context) -> tuple[Scalar, PyTree, Report]:
+        task = bind(chunk.problem, passive)
+        state = inner.run(task, chunk.start, active)
+        loss, aux = task.outer_loss(state.params, active)
+        return loss, aux, reported(task, inner, chunk, state, active, estimate_error)
+
+    return jax.vmap(one_task)(chunk.active, chunk.passive)
+
+
+def reported(
+    task: Problem,
+    inner: InnerLoop,
+    chunk: Embedded,
+    state: InnerState,
+    active: Context,
+    estimate_error: bool,
+) -> Report:
+    """The report of one task's loop, with the error of its exact gradient where asked for."""
+    report = unsolved_report(state)
+    if not estimate_error or not can_be_judged(task, inner):
+        return report
+    start_counts = bool(jax.tree.leaves(chunk.moving(chunk.start)))
+    error = loop_error(task, chunk.start, state.params, active, start_counts)
+    return report._replace(error_estimate=error)
 
 
 class AlongDirections(NamedTuple):
@@ -35,17 +73,15 @@ class AlongDirections(NamedTuple):
 
 def task_losses(
     problem: Problem, inner: InnerLoop, floats: MetaParams, others: MetaParams, tasks: Batch
-) -> tuple[Float[Array, " tasks"], tuple]:
-    """f_i(θ, φ_K) of every task, with (aux, report): what is differentiated, as a function of θ."""
+) -> Float[Array, " tasks"]:
+    """f_i(θ, φ_K) of every task: what is differentiated, as a function of θ."""
     theta = trees.merge(floats, others)
     start = problem.init(theta)
     wide_problem, wide, _ = widened(problem, start)
 
-    def one_task(task: Batch) -> tuple:
+    def one_task(task: Batch) -> Scalar:
         context = problem.embed(theta, task)
-        state = inner.run(wide_problem, wide, context)
-        loss, aux = wide_problem.outer_loss(state.params, context)
-        return loss, (aux, unsolved_report(state))
+        return wide_problem.outer_loss(inner.run(wide_problem, wide, context).params, context)[0]
 
     return jax.vmap(one_task)(tasks)
 

@@ -82,6 +82,7 @@ class Embedded(NamedTuple):
         start: φ₀, wide.
         active: the contexts' leaves that depend on θ, with a leading axis of tasks.
         passive: the other leaves.
+        moving: of something like φ₀, the leaves where φ₀ depends on θ.
         pull_back: (cotangents of `active`, summed over tasks by it; cotangent of φ₀) -> that of θ.
     """
 
@@ -89,6 +90,7 @@ class Embedded(NamedTuple):
     start: Params
     active: Context
     passive: Context
+    moving: Callable[[Params], Params]
     pull_back: Callable[[Context, Params], MetaParams]
 
 
@@ -112,13 +114,15 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
     (active, _), transposed, (passive, start) = jax.vjp(active_parts, floats, has_aux=True)
     problem, wide, _ = widened(problem, start)
 
-    def pull_back(active_bar: Context, start_bar: Params) -> MetaParams:
+    def moving(start_bar: Params) -> Params:
         # flags first: φ₀'s cotangent has None where φ₀ has no floating-point leaf
-        moving = jax.tree.map(lambda kept, bar: bar if kept else None, start_dependent, start_bar)
-        (gradient,) = transposed((active_bar, moving))
+        return jax.tree.map(lambda kept, bar: bar if kept else None, start_dependent, start_bar)
+
+    def pull_back(active_bar: Context, start_bar: Params) -> MetaParams:
+        (gradient,) = transposed((active_bar, moving(start_bar)))
         return gradient
 
-    return Embedded(problem, wide, active, passive, pull_back)
+    return Embedded(problem, wide, active, passive, moving, pull_back)
 
 
 def per_task(
@@ -167,9 +171,22 @@ def per_task(
         start_bar = weighted(start_bar, weights, usable)
         start_bar = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start_bar)
         gradient = chunk.pull_back(context_bar, start_bar)
-        return Hypergradient(gradient, usable, found.loss, found.aux, found.report, found.memory)
+        report = _with_start(found, chunk)
+        return Hypergradient(gradient, usable, found.loss, found.aux, report, found.memory)
 
     return estimator
+
+
+def _with_start(found: TaskGradient, chunk: Embedded) -> Report:
+    """The start leaves no trace at the inner solution: what is said of it is all error."""
+    estimate, moving = found.report.error_estimate, None
+    if found.start is not None:
+        moving = chunk.moving(found.start)
+    if not jax.tree.leaves(moving):
+        return found.report
+    estimate += jax.vmap(trees.norm)(moving).astype(estimate.dtype)
+    estimate = jnp.where(jnp.isfinite(estimate), estimate, jnp.inf)
+    return found.report._replace(error_estimate=estimate)
 
 
 def weighted(tree: PyTree, weights: Float[Array, " tasks"], usable: Array) -> PyTree:

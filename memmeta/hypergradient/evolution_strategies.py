@@ -1,17 +1,24 @@
 r"""Antithetic evolution strategies: no derivative at all."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from memmeta import trees
-from memmeta.hypergradient.directions import along_directions, check_directions, task_losses
+from memmeta.hypergradient.differences import check_scale, shifted
+from memmeta.hypergradient.directions import (
+    along_directions,
+    check_directions,
+    losses_and_reports,
+    task_losses,
+)
 from memmeta.hypergradient.estimator import Estimator, Hypergradient
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
 
 
-def evolution_strategies(directions: int = 16, scale: float = 1e-2) -> Estimator:
+def evolution_strategies(
+    directions: int = 16, scale: float = 1e-2, *, estimate_error: bool = False
+) -> Estimator:
     r"""Differences of outer losses after inner loops from perturbed meta-parameters.
 
     $$\hat\nabla F_i = \frac1m \sum_{j=1}^m
@@ -22,6 +29,7 @@ def evolution_strategies(directions: int = 16, scale: float = 1e-2) -> Estimator
     Args:
         directions: m, drawn from {−1, 1}^dim θ, the same for all tasks of a meta-step.
         scale: σ.
+        estimate_error: see `forward_mode`; it takes derivatives, so it is to be asked for.
 
     Returns:
         The estimator.
@@ -36,8 +44,7 @@ def evolution_strategies(directions: int = 16, scale: float = 1e-2) -> Estimator
         >>> estimator = evolution_strategies(directions=16, scale=1e-2)
     """
     check_directions(directions)
-    if not scale > 0:
-        raise ValueError(f"scale: expected a positive step length, found {scale}.")
+    check_scale(scale)
 
     def estimator(
         problem: Problem,
@@ -49,22 +56,17 @@ def evolution_strategies(directions: int = 16, scale: float = 1e-2) -> Estimator
     ) -> Hypergradient:
         floats, others = trees.split_inexact(meta_params)
 
-        def losses(floats: MetaParams) -> tuple[Float[Array, " tasks"], tuple]:
+        def losses(floats: MetaParams) -> Float[Array, " tasks"]:
             return task_losses(problem, inner, floats, others, tasks)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             plus, minus = (shifted(floats, direction, sign * scale) for sign in (1, -1))
-            return (losses(plus)[0] - losses(minus)[0]) / (2 * scale)
+            return (losses(plus) - losses(minus)) / (2 * scale)
 
-        loss, (aux, report) = losses(floats)
+        loss, aux, report = losses_and_reports(problem, inner, meta_params, tasks, estimate_error)
         weights = jnp.where(jnp.isfinite(loss), weights, 0)
         found = along_directions(derivatives, floats, weights, key, directions)
         report = report._replace(standard_error=found.standard_error)
         return Hypergradient(found.gradient, found.usable, loss, aux, report)
 
     return estimator
-
-
-def shifted(floats: MetaParams, direction: MetaParams, length: float) -> MetaParams:
-    """θ + length · u."""
-    return jax.tree.map(lambda x, u: x + jnp.asarray(length, x.dtype) * u, floats, direction)

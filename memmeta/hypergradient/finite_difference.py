@@ -1,12 +1,16 @@
 r"""Differences of inner solutions in place of their Jacobian (PZOBO)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from memmeta import trees
-from memmeta.hypergradient.directions import along_directions, check_directions
+from memmeta.hypergradient.differences import check_scale, shifted, step_length
+from memmeta.hypergradient.directions import along_directions, check_directions, reported
 from memmeta.hypergradient.estimator import (
+    Embedded,
     Estimator,
     Hypergradient,
     TaskGradient,
@@ -14,13 +18,13 @@ from memmeta.hypergradient.estimator import (
     embedded,
     weighted,
 )
-from memmeta.hypergradient.evolution_strategies import shifted
-from memmeta.hypergradient.report import unsolved_report
 from memmeta.inner import InnerLoop, widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem
 
 
-def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
+def finite_difference(
+    directions: int = 1, scale: float | None = None, *, estimate_error: bool = False
+) -> Estimator:
     r"""The Jacobian of φ_K by central differences along random directions, the rest exactly.
 
     $$\hat\nabla F_i = \partial_\theta f_i + \frac1m \sum_{j=1}^m \Big\langle
@@ -32,7 +36,8 @@ def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
 
     Args:
         directions: m, drawn from {−1, 1}^dim θ, the same for all tasks of a meta-step.
-        scale: δ.
+        scale: δ; None takes the step at which rounding and bias are alike, see `step_length`.
+        estimate_error: see `forward_mode`; it takes second derivatives, so it is to be asked for.
 
     Returns:
         The estimator.
@@ -44,11 +49,10 @@ def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
     (PZOBO, NeurIPS 2022), equation 5, with central differences.
 
     Example:
-        >>> estimator = finite_difference(directions=8, scale=1e-3)
+        >>> estimator = finite_difference(directions=8)
     """
     check_directions(directions)
-    if not scale > 0:
-        raise ValueError(f"scale: expected a positive step length, found {scale}.")
+    check_scale(scale)
 
     def estimator(
         problem: Problem,
@@ -60,14 +64,8 @@ def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
     ) -> Hypergradient:
         floats, others = trees.split_inexact(meta_params)
         chunk = embedded(problem, meta_params, tasks)
-
-        def direct(active: Context, passive: Context) -> TaskGradient:
-            task = bind(chunk.problem, passive)
-            state = inner.run(task, chunk.start, active)
-            loss, pull_back, aux = jax.vjp(task.outer_loss, state.params, active, has_aux=True)
-            outer_params, outer_context = pull_back(jnp.ones_like(loss))
-            return TaskGradient(loss, aux, outer_context, outer_params, unsolved_report(state))
-
+        length = step_length(scale, floats)
+        direct = partial(_direct_part, inner, chunk, estimate_error)
         found = jax.vmap(direct)(chunk.active, chunk.passive)
 
         def solutions(floats: MetaParams) -> Params:
@@ -77,8 +75,8 @@ def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
             return jax.vmap(lambda c: inner.run(wide_problem, start, c).params)(contexts)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
-            plus, minus = (solutions(shifted(floats, direction, sign * scale)) for sign in (1, -1))
-            change = jax.tree.map(lambda a, b: (a - b) / (2 * scale), plus, minus)
+            plus, minus = (solutions(shifted(floats, direction, sign * length)) for sign in (1, -1))
+            change = jax.tree.map(lambda a, b: (a - b) / (2 * length), plus, minus)
             products = jax.tree.map(lambda c, o: jax.vmap(jnp.vdot)(c, o), change, found.start)
             return sum(jax.tree.leaves(products), jnp.zeros_like(found.loss))
 
@@ -93,3 +91,15 @@ def finite_difference(directions: int = 1, scale: float = 1e-3) -> Estimator:
         return Hypergradient(gradient, drawn.usable, found.loss, found.aux, report)
 
     return estimator
+
+
+def _direct_part(
+    inner: InnerLoop, chunk: Embedded, estimate_error: bool, active: Context, passive: Context
+) -> TaskGradient:
+    """The inner loop of one task, and what of ∇F_i does not go through it; ∂_φ f as `start`."""
+    task = bind(chunk.problem, passive)
+    state = inner.run(task, chunk.start, active)
+    loss, pull_back, aux = jax.vjp(task.outer_loss, state.params, active, has_aux=True)
+    outer_params, outer_context = pull_back(jnp.ones_like(loss))
+    report = reported(task, inner, chunk, state, active, estimate_error)
+    return TaskGradient(loss, aux, outer_context, outer_params, report)

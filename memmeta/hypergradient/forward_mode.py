@@ -7,7 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from memmeta import trees
-from memmeta.hypergradient.directions import along_directions, check_directions, task_losses
+from memmeta.hypergradient.directions import (
+    along_directions,
+    check_directions,
+    losses_and_reports,
+    task_losses,
+)
 from memmeta.hypergradient.estimator import Estimator, Hypergradient
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
@@ -15,7 +20,7 @@ from memmeta.problem import Batch, MetaParams, Problem
 WIDTH = 16
 
 
-def forward_mode(directions: int | None = None) -> Estimator:
+def forward_mode(directions: int | None = None, *, estimate_error: bool = True) -> Estimator:
     r"""The gradient of the loop as it is run, by tangents carried along; memory is flat in K.
 
     $$\nabla F_i = \sum_j \langle \nabla F_i, e_j \rangle e_j \quad\text{(exact)}, \qquad
@@ -26,6 +31,9 @@ def forward_mode(directions: int | None = None) -> Estimator:
         directions: m random directions, the same for all tasks of a meta-step: unbiased, with
             variance (dim θ − 1) ‖∇F‖² / m, reported as `standard_error`. None takes every
             coordinate: exact, for few meta-parameters, at the cost of dim θ tangents (16 at once).
+        estimate_error: whether the report has an `error_estimate` where the problem gives its
+            `strong_convexity`: of the loop alone, the draw's part is the `standard_error`. It
+            costs three mixed products and three gradients, whatever K.
 
     Returns:
         The estimator.
@@ -53,13 +61,13 @@ def forward_mode(directions: int | None = None) -> Estimator:
     ) -> Hypergradient:
         floats, others = trees.split_inexact(meta_params)
 
-        def losses(floats: MetaParams) -> tuple[Float[Array, " tasks"], tuple]:
+        def losses(floats: MetaParams) -> Float[Array, " tasks"]:
             return task_losses(problem, inner, floats, others, tasks)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
-            return jax.jvp(losses, (floats,), (direction,), has_aux=True)[1]
+            return jax.jvp(losses, (floats,), (direction,))[1]
 
-        loss, (aux, report) = losses(floats)
+        loss, aux, report = losses_and_reports(problem, inner, meta_params, tasks, estimate_error)
         weights = jnp.where(jnp.isfinite(loss), weights, 0)
         if directions is not None:
             found = along_directions(derivatives, floats, weights, key, directions)

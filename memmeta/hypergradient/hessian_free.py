@@ -1,19 +1,22 @@
 r"""The unrolled inner loop with Hessian products by differences of inner gradients (HF-MAML)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from memmeta import trees
-from memmeta.hypergradient.estimator import Estimator, per_task
+from memmeta.hypergradient.differences import check_scale, shifted, step_length
+from memmeta.hypergradient.estimator import Estimator, Hypergradient, per_task
 from memmeta.hypergradient.gradient_rules import with_products
 from memmeta.hypergradient.unrolled import checkpoint, through
 from memmeta.inner import InnerLoop, InnerState
-from memmeta.problem import Context, Params, Problem
+from memmeta.problem import Batch, Context, MetaParams, Params, Problem
 
 
-def hessian_free(scale: float = 1e-3) -> Estimator:
+def hessian_free(scale: float | None = None, *, estimate_error: bool = False) -> Estimator:
     r"""`unrolled` without second derivatives: central differences of first ones.
 
     $$\partial^2 g\, u \approx \frac{\|u\|}{2\delta} \big(\nabla g(\phi + \delta u / \|u\|, c)
@@ -23,7 +26,9 @@ def hessian_free(scale: float = 1e-3) -> Estimator:
     states plus one first-order step.
 
     Args:
-        scale: δ, the length of the step in φ.
+        scale: δ, the length of the step in φ; None takes the one at which both errors are alike,
+            about ε^(2/3), see `step_length`.
+        estimate_error: see `unrolled`; it takes two Hessian products, so it is to be asked for.
 
     Returns:
         The estimator.
@@ -35,30 +40,34 @@ def hessian_free(scale: float = 1e-3) -> Estimator:
     steps and any inner solver.
 
     Example:
-        >>> estimator = hessian_free(scale=1e-3)
+        >>> estimator = hessian_free()
     """
-    if not scale > 0:
-        raise ValueError(f"scale: expected a positive step length, found {scale}.")
+    check_scale(scale)
 
-    def products(
-        both: Callable, params: Params, context: Context, u: Params
-    ) -> tuple[Params, Context]:
-        length = trees.norm(u)
-        step = scale / jnp.where(length > 0, length, 1)
+    def loop(problem: Problem, inner: InnerLoop, state: InnerState, context: Context) -> InnerState:
+        return inner.advance(problem, state, context, inner.steps, checkpoint)
 
-        def shifted(sign: float) -> tuple[Params, Context]:
-            moved = jax.tree.map(lambda p, x: p + (sign * step).astype(p.dtype) * x, params, u)
-            return both(moved, context)
+    def estimator(
+        problem: Problem,
+        inner: InnerLoop,
+        meta_params: MetaParams,
+        tasks: Batch,
+        weights: Float[Array, " tasks"],
+        key: Key[Array, ""],
+    ) -> Hypergradient:
+        # rules see φ in float32 at least, its losses what it was made as
+        length = step_length(scale, jax.eval_shape(problem.init, meta_params))
+        stepped = partial(with_products, products=partial(_products, length))
+        whole = per_task(through(loop, estimate_error, stepped), "hessian_free")
+        return whole(problem, inner, meta_params, tasks, weights, key)
 
-        return jax.tree.map(
-            lambda plus, minus: (plus - minus) / (2 * step).astype(plus.dtype),
-            shifted(1.0),
-            shifted(-1.0),
-        )
+    return estimator
 
-    def loop(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> InnerState:
-        state = inner.start(problem, start, context)
-        ruled = with_products(problem, products)
-        return inner.advance(ruled, state, context, inner.steps, checkpoint)
 
-    return per_task(through(loop), "hessian_free")
+def _products(
+    scale: float, both: Callable, params: Params, context: Context, u: Params
+) -> tuple[Params, Context]:
+    length = trees.norm(u)
+    step = scale / jnp.where(length > 0, length, 1)
+    plus, minus = (both(shifted(params, u, sign * step), context) for sign in (1.0, -1.0))
+    return jax.tree.map(lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus)

@@ -6,18 +6,14 @@ from jaxtyping import Array
 
 from memmeta import trees
 from memmeta.certificate import Measured
-from memmeta.hypergradient.error_estimate import (
-    error_estimate,
-    slopes,
-    slopes_here_and_there,
-)
+from memmeta.hypergradient.error_estimate import Judged, given_curvature, judged, slopes
 from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
 from memmeta.hypergradient.on_demand import error_bound, until
 from memmeta.hypergradient.report import Report
 from memmeta.hypergradient.structural_zeros import losses_seen
 from memmeta.hypergradient.warm import Memory
-from memmeta.inner import InnerLoop, hessian_product
-from memmeta.linear_solve import LinearSolver, SolverAt, cg
+from memmeta.inner import InnerLoop, InnerState, hessian_product
+from memmeta.linear_solve import LinearSolution, LinearSolver, SolverAt, cg
 from memmeta.problem import Context, Params, Problem
 
 
@@ -65,40 +61,51 @@ def implicit(
         else:
             state, guess, _ = until(tolerance, problem, inner, solver, (start, guess), context)
         params = state.params
-        gradient, product = hessian_product(problem, params, context)
+        _, product = hessian_product(problem, params, context)
         loss, pull_back, aux = jax.vjp(problem.outer_loss, params, context, has_aux=True)
-        outer_params, outer_context = pull_back(jnp.ones_like(loss))
+        outer = pull_back(jnp.ones_like(loss))
         solve = solver.make(problem, params, context) if isinstance(solver, SolverAt) else solver
         # The barrier lets go of all that the products kept before the next pass begins.
-        solution = jax.lax.optimization_barrier(solve(product, outer_params, guess))
-
-        curvature = solution.curvature
-        if problem.strong_convexity is not None:
-            curvature = problem.strong_convexity(context).astype(curvature.dtype)
-        outer = (outer_params, outer_context)
-        if estimate_error:
-            rate = 1 / jnp.where(curvature > 0, curvature, 1)
-            delta = jax.tree.map(lambda x: rate.astype(x.dtype) * x, gradient)
-            found, there = slopes_here_and_there(
-                problem, params, solution.value, delta, outer, context
-            )
-            mixed = jax.tree.map(jnp.subtract, outer_context, found.context)
-            estimate = error_estimate(found, there, mixed, solution.value, curvature)
-        else:
-            found = slopes(problem, params, solution.value, outer, context)
-            estimate = jnp.full_like(curvature, jnp.inf)
-        measured = Measured(trees.norm(gradient), trees.norm(found.params), solution.value)
-        report = Report(
-            inner_gradient_norm=trees.norm(gradient),
-            inner_steps=state.steps.astype(loss.dtype),
-            linear_residual=solution.residual,
-            smallest_curvature=solution.curvature,
-            linear_iterations=solution.iterations.astype(loss.dtype),
-            error_estimate=estimate,
-            standard_error=jnp.zeros_like(loss),
-            error_bound=error_bound(problem, params, measured, context),
-        )
+        solution = jax.lax.optimization_barrier(solve(product, outer[0], guess))
+        found = _looked_at(problem, params, solution, outer, context, estimate_error)
+        report = _report(problem, state, solution, found, context)
         memory = Memory(params, solution.value) if warm else None
-        return TaskGradient(loss, aux, found.context, None, report, memory)
+        return TaskGradient(loss, aux, found.here.context, None, report, memory)
 
     return per_task(rule, "implicit", losses_seen, remembers=True)
+
+
+def _looked_at(
+    problem: Problem,
+    params: Params,
+    solution: LinearSolution,
+    outer: tuple[Params, Context],
+    context: Context,
+    estimate_error: bool,
+) -> Judged:
+    """The implicit hypergradient, and its error where asked for."""
+    curvature = solution.curvature
+    if not estimate_error:
+        here = slopes(problem, params, solution.value, outer, context)
+        return Judged(here, jnp.full_like(curvature, jnp.inf))
+    if problem.strong_convexity is not None:
+        curvature = given_curvature(problem, context, curvature)
+    return judged(problem, params, solution.value, outer, context, curvature)
+
+
+def _report(
+    problem: Problem, state: InnerState, solution: LinearSolution, found: Judged, context: Context
+) -> Report:
+    here = found.here
+    measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
+    dtype = state.gradient_norm.dtype
+    return Report(
+        inner_gradient_norm=measured.gradient,
+        inner_steps=state.steps.astype(dtype),
+        linear_residual=solution.residual,
+        smallest_curvature=solution.curvature,
+        linear_iterations=solution.iterations.astype(dtype),
+        error_estimate=found.estimate,
+        standard_error=jnp.zeros_like(measured.gradient),
+        error_bound=error_bound(problem, state.params, measured, context),
+    )

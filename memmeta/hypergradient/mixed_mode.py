@@ -1,6 +1,7 @@
 r"""Forward-over-reverse differentiation of the unrolled inner loop (MixFlow-MG)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
@@ -11,7 +12,7 @@ from memmeta.inner import InnerLoop, InnerState
 from memmeta.problem import Context, Params, Problem
 
 
-def mixed_mode() -> Estimator:
+def mixed_mode(*, estimate_error: bool = True) -> Estimator:
     r"""The same gradient as `unrolled`, with Hessian products forward over reverse.
 
     The Hessian is symmetric, so the products reverse mode needs are a directional derivative:
@@ -21,6 +22,9 @@ def mixed_mode() -> Estimator:
     No inner backward pass is differentiated backwards, so what it kept is not kept again. Steps are
     rematerialised: memory grows as K states plus one step, as with `unrolled("step")`, with a
     smaller step.
+
+    Args:
+        estimate_error: see `unrolled`.
 
     Returns:
         The estimator.
@@ -37,9 +41,8 @@ def mixed_mode() -> Estimator:
     ) -> tuple[Params, Context]:
         return jax.jvp(lambda phi: both(phi, context), (params,), (u,))[1]
 
-    def loop(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> InnerState:
-        state = inner.start(problem, start, context)
-        ruled = with_products(problem, products)
-        return inner.advance(ruled, state, context, inner.steps, checkpoint)
+    def loop(problem: Problem, inner: InnerLoop, state: InnerState, context: Context) -> InnerState:
+        return inner.advance(problem, state, context, inner.steps, checkpoint)
 
-    return per_task(through(loop), "mixed_mode")
+    stepped = partial(with_products, products=products)
+    return per_task(through(loop, estimate_error, stepped), "mixed_mode")

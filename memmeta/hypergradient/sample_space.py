@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from memmeta import trees
+from memmeta.hypergradient.error_estimate import can_be_judged, claimed
 from memmeta.hypergradient.estimator import Estimator, TaskGradient, per_task
-from memmeta.hypergradient.report import unsolved_report
+from memmeta.hypergradient.report import Report, unsolved_report
 from memmeta.hypergradient.structural_zeros import losses_seen
-from memmeta.inner import InnerLoop, InnerState
-from memmeta.linear_head import LinearHead, stacked
-from memmeta.linear_solve.solution import Operator, dot, make_solver
+from memmeta.inner import InnerLoop
+from memmeta.linear_head import LinearHead, stacked, unstacked
+from memmeta.linear_solve.solution import LinearSolution, Operator, dot, make_solver
 from memmeta.problem import Context, Params, Problem, Scalar
 
 Aim: TypeAlias = Literal["steps", "solution"]
@@ -52,7 +53,7 @@ class Query(NamedTuple):
     logits: Float[Array, "query ways"]
 
 
-def sample_space(differentiate: Aim = "steps") -> Estimator:
+def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -> Estimator:
     r"""Run and differentiate a linear head's inner loop on (support × ways) + 1 numbers.
 
     "steps" is the exact gradient of the loop as it is run, by forward accumulation: memory grows
@@ -70,6 +71,8 @@ def sample_space(differentiate: Aim = "steps") -> Estimator:
 
     Args:
         differentiate: "steps" or "solution".
+        estimate_error: whether the report has an `error_estimate`. It costs two mixed products and
+            two gradients of f on the features and, for "steps", the dense solve of "solution".
 
     Returns:
         The estimator.
@@ -101,16 +104,25 @@ def sample_space(differentiate: Aim = "steps") -> Estimator:
         (support, query), pull_back = jax.vjp(make_grams, start, context)
         reduced = _reduced_problem(head, problem.smoothness(context), support)
         state = inner.run(reduced, _first(support), support)
-        gradients = _through_steps if differentiate == "steps" else _at_solution
         loss, query_pull_back, aux = jax.vjp(reduced.outer_loss, state.params, query, has_aux=True)
         alpha_bar, query_bar = query_pull_back(jnp.ones_like(loss))
-        support_bar, figures = gradients(
-            _field(head.support_loss), reduced, inner, state, alpha_bar, support
-        )
-        start_bar, context_bar = pull_back((support_bar, query_bar))
-        slope = _field(head.support_loss)(state.params, support)
+        field = _field(head.support_loss)
+        slope, transposed = jax.vjp(field, state.params, support)
         length = jnp.sqrt(jnp.maximum(_square(slope, support), 0))
-        report = unsolved_report(state)._replace(inner_gradient_norm=length, **figures)
+        report = unsolved_report(state)._replace(inner_gradient_norm=length)
+        judging = estimate_error and can_be_judged(problem, inner)
+        if judging or differentiate == "solution":
+            solution = _multipliers(transposed, alpha_bar, support)
+        if differentiate == "solution":
+            support_bar = jax.tree.map(jnp.negative, transposed(solution.value)[1])
+            report = _solved(report, solution)
+        else:
+            support_bar = _through_steps(reduced, inner, alpha_bar, support)
+        start_bar, context_bar = pull_back((support_bar, query_bar))
+        if judging:
+            params, v = _in_parameters(head, start, state.params, solution.value, support, query)
+            estimate, _ = claimed(problem, params, v, context_bar, context)
+            report = report._replace(error_estimate=estimate)
         return TaskGradient(loss, aux, context_bar, start_bar, report)
 
     return per_task(rule, "sample_space", losses_seen if differentiate == "solution" else None)
@@ -172,13 +184,8 @@ def _reduced_problem(head: LinearHead, smoothness: Scalar, support: Support) -> 
 
 
 def _through_steps(
-    field: Callable,
-    reduced: Problem,
-    inner: InnerLoop,
-    state: InnerState,
-    alpha_bar: Coefficients,
-    support: Support,
-) -> tuple[Support, dict]:
+    reduced: Problem, inner: InnerLoop, alpha_bar: Coefficients, support: Support
+) -> Support:
     """⟨ᾱ, ∂α_K/∂s⟩, coordinate by coordinate of s, by tangents carried along the loop."""
     flat, unravel = trees.ravel(support)
 
@@ -190,20 +197,11 @@ def _through_steps(
         change = jax.jvp(final, (support,), (tangent,))[1]
         return dot(change, alpha_bar)
 
-    along = jax.lax.map(one, jnp.arange(flat.size), batch_size=min(WIDTH, flat.size))
-    return unravel(along), {}
+    return unravel(jax.lax.map(one, jnp.arange(flat.size), batch_size=min(WIDTH, flat.size)))
 
 
-def _at_solution(
-    field: Callable,
-    reduced: Problem,
-    inner: InnerLoop,
-    state: InnerState,
-    alpha_bar: Coefficients,
-    support: Support,
-) -> tuple[Support, dict]:
-    """−λᵀ ∂_s r, where (∂_α r)ᵀ λ = ᾱ, by a dense solve."""
-    _, transposed = jax.vjp(field, state.params, support)
+def _multipliers(transposed: Callable, alpha_bar: Coefficients, support: Support) -> LinearSolution:
+    """λ with (∂_α r)ᵀ λ = ᾱ, by a dense solve."""
     flat, unravel = trees.ravel(alpha_bar)
     rows = jax.vmap(lambda e: trees.ravel(transposed(unravel(e))[0])[0])(
         jnp.eye(flat.size, dtype=flat.dtype)
@@ -214,10 +212,32 @@ def _at_solution(
         found = unravel(jax.scipy.linalg.lu_solve(factors, trees.ravel(b)[0]))
         return found, support.ridge, jnp.int32(flat.size)
 
-    solution = make_solver(method)(lambda x: transposed(x)[0], alpha_bar)
-    support_bar = jax.tree.map(jnp.negative, transposed(solution.value)[1])
-    return support_bar, {
-        "linear_residual": solution.residual,
-        "smallest_curvature": solution.curvature,
-        "linear_iterations": solution.iterations.astype(flat.dtype),
-    }
+    return make_solver(method)(lambda x: transposed(x)[0], alpha_bar)
+
+
+def _solved(report: Report, solution: LinearSolution) -> Report:
+    return report._replace(
+        linear_residual=solution.residual,
+        smallest_curvature=solution.curvature,
+        linear_iterations=solution.iterations.astype(report.linear_iterations.dtype),
+    )
+
+
+def _in_parameters(
+    head: LinearHead,
+    start: Params,
+    alpha: Coefficients,
+    multipliers: Coefficients,
+    support: Support,
+    query: Query,
+) -> tuple[Params, Params]:
+    r"""Φ̂ and the v̂ of [∂²_ΦΦ g] v̂ = ∂_Φ f, from λ = (·, X̃ v̂).
+
+    With H = ∂²ℓ/∂logits², ∂²_ΦΦ g = X̃ᵀ H X̃ + ρ I, so v̂ = (∂_Φ f − X̃ᵀ H λ) / ρ.
+    """
+    outer = jax.grad(lambda z: head.query_loss(z)[0])(_logits(alpha, query))
+    slope = jax.grad(head.support_loss)
+    image = jax.jvp(slope, (_logits(alpha, support),), (multipliers.samples,))[1]
+    v = (head.query_features.T @ outer - head.features.T @ image) / support.ridge
+    params = alpha.start * stacked(start) + head.features.T @ alpha.samples
+    return unstacked(params, start), unstacked(v, start)

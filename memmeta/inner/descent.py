@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from memmeta import trees
 from memmeta.inner.second_order import hessian_product
-from memmeta.inner.solver import InnerSolver, rounding, where
+from memmeta.inner.solver import InnerSolver, rounding
 from memmeta.problem import Context, Params, Problem, Scalar
 
 POWER_STEPS = 8
@@ -104,7 +104,7 @@ def _descend(
         return proposal, jnp.bool_(True), length
     promised = loss - length.astype(loss.dtype) ** 2 / (2 * largest) + rounding(loss)
     accepted = problem.inner_loss(proposal, context) <= promised
-    return where(accepted, proposal, params), accepted, length
+    return trees.where(accepted, proposal, params), accepted, length
 
 
 def gradient_descent() -> InnerSolver:
@@ -167,6 +167,6 @@ def accelerated() -> InnerSolver:
         )
         refused = state._replace(largest=2 * state.largest, made=0 * state.made, ahead=params)
         taken = state._replace(made=state.made + 1, ahead=ahead)
-        return *where(accepted, (following, taken), (params, refused)), length
+        return *trees.where(accepted, (following, taken), (params, refused)), length
 
     return InnerSolver(_measure, update)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from memmeta import trees
-from memmeta.inner.solver import InnerSolver, rounding, where
+from memmeta.inner.solver import InnerSolver, rounding
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
 
@@ -75,7 +75,7 @@ def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
         larger = jnp.maximum(LARGER * state.damping, first)
         smaller = jnp.where(state.damping > first, SMALLER * state.damping, 0)
         damping = jax.lax.stop_gradient(jnp.where(accepted, smaller, larger))
-        return where(accepted, proposal, params), NewtonState(damping), length
+        return trees.where(accepted, proposal, params), NewtonState(damping), length
 
     return InnerSolver(init, update)
 

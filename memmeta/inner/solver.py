@@ -7,13 +7,11 @@ Any optax optimiser is one through `from_optax`.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
 
 from memmeta import trees
 from memmeta.problem import Context, Params, Problem, Scalar
@@ -54,11 +52,6 @@ def from_optax(optimizer: optax.GradientTransformation) -> InnerSolver:
             return optax.apply_updates(params, updates), state, trees.norm(gradient)
 
     return InnerSolver(lambda problem, params, context: optimizer.init(params), update)
-
-
-def where(condition: Bool[Array, ""], yes: Any, no: Any) -> Any:
-    """`yes` or `no`, whole trees."""
-    return jax.tree.map(partial(jnp.where, condition), yes, no)
 
 
 def rounding(loss: Scalar) -> Scalar:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from memmeta import trees
 from memmeta.linear_solve.solution import (
     LinearSolver,
     Operator,
@@ -15,7 +16,6 @@ from memmeta.linear_solve.solution import (
     check_steps,
     dot,
     make_solver,
-    where,
 )
 
 
@@ -72,10 +72,10 @@ def cg(
             going &= bend > eps * jnp.sqrt(size) * square
             alpha = jnp.where(going, rr / jnp.where(going, bend, 1), 0)
             x = axpy(alpha, p, x)
-            r = where(going, axpy(-alpha, image, r), r)
+            r = trees.where(going, axpy(-alpha, image, r), r)
             following = jnp.where(going, dot(r, r), rr)
             beta = following / jnp.where(rr > 0, rr, 1)
-            p = where(going, axpy(beta, p, r), p)
+            p = trees.where(going, axpy(beta, p, r), p)
             return (x, r, p, following, size, smallest, count + going.astype(jnp.int32)), None
 
         zeros = jax.tree.map(jnp.zeros_like, b)

@@ -14,7 +14,6 @@ from memmeta.linear_solve.solution import (
     dot,
     make_solver,
     unit,
-    where,
 )
 
 POWER_STEPS = 8
@@ -63,9 +62,9 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
             proposal = axpy(-1 / largest, image, r)
             length = dot(proposal, proposal)
             going = length < rr  # False for NaN too, and where A r = 0
-            x = where(going, axpy(1 / largest, r, x), x)
+            x = trees.where(going, axpy(1 / largest, r, x), x)
             largest = jnp.where(going, largest, 2 * largest)
-            r, rr = where(going, proposal, r), jnp.where(going, length, rr)
+            r, rr = trees.where(going, proposal, r), jnp.where(going, length, rr)
             return (x, r, rr, largest, smallest, count + 1), None
 
         zeros = jax.tree.map(jnp.zeros_like, b)

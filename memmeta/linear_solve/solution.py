@@ -85,11 +85,6 @@ def scaled(scale: Float[Array, ""], x: Vector) -> Vector:
     return jax.tree.map(lambda a: scale.astype(a.dtype) * a, x)
 
 
-def where(condition: Array, yes: Vector, no: Vector) -> Vector:
-    """`yes` or `no`, whole trees."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
 def unit(b: Vector) -> tuple[Vector, Float[Array, ""]]:
     """b/‖b‖ and ‖b‖, so that tiny and huge right-hand sides are all the same to a solver."""
     # A solution is homogeneous in b, so the length may be held constant when differentiated.
@@ -187,7 +182,7 @@ def _warm(
     guess = scaled(1 / jnp.where(length > 0, length, 1), _cast(start, target))
     left = jax.tree.map(jnp.subtract, target, damped(guess))
     helps = trees.all_finite(guess) & (trees.norm(left) <= 1)  # False for NaN too
-    return where(helps, guess, zeros), where(helps, left, target)
+    return trees.where(helps, guess, zeros), trees.where(helps, left, target)
 
 
 def _finish(
