@@ -85,6 +85,31 @@ def logistic_example(tasks=3, features=4):
         inner_loss=inner_loss,
         outer_loss=outer_loss,
         init=lambda theta: jnp.zeros(features, theta.dtype),
+        strong_convexity=lambda context: jnp.min(jnp.exp(context[0])),
+    )
+    return Example(problem, jnp.linspace(-1.5, -0.5, features), _labelled(tasks, features, 8))
+
+
+def proximal_example(tasks=4, features=4, strength=0.3):
+    """Logistic regression held to θ: context and start are θ, and μ is known."""
+
+    def losses(phi, inputs, labels):
+        return jnp.mean(jax.nn.softplus(-labels * (inputs @ phi)))
+
+    def inner_loss(phi, context):
+        theta, batch = context
+        distance = 0.5 * strength * jnp.sum((phi - theta) ** 2)
+        return losses(phi, batch.support_inputs, batch.support_targets) + distance
+
+    def outer_loss(phi, context):
+        return losses(phi, context[1].query_inputs, context[1].query_targets), {}
+
+    problem = mm.Problem(
+        embed=lambda theta, batch: (theta, batch),
+        inner_loss=inner_loss,
+        outer_loss=outer_loss,
+        init=lambda theta: theta,
+        strong_convexity=lambda context: jnp.asarray(strength, context[0].dtype),
     )
     return Example(problem, jnp.linspace(-1.5, -0.5, features), _labelled(tasks, features, 8))
 

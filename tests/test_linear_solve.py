@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quickly import quick
 
 import memmeta as mm
 from memmeta import linear_head, linear_solve, trees
@@ -26,7 +27,7 @@ GENERAL = {
 @functools.cache
 def compiled(name):
     """One compilation per solver and dtype for all tests: (matrix, b) -> solution."""
-    return jax.jit(lambda matrix, b: GENERAL[name](lambda x: matrix @ x, b))
+    return quick(lambda matrix, b: GENERAL[name](lambda x: matrix @ x, b))
 
 
 INDEFINITE = ("direct", "minres", "minres-jacobi")
@@ -110,15 +111,30 @@ def test_zero_and_nan(name):
     assert linear_solve.explain(broken).startswith("Failed")
 
 
+@pytest.mark.parametrize("name", ["cg", "minres", "neumann"])
+def test_a_stalled_solve_says_so(name):
+    """Too few steps for the condition number: the residual is true, and explained."""
+    matrix, b, _ = system(np.geomspace(1e-3, 1, SIZE), np.float32)
+    found = linear_solve.SOLVERS[name](steps=2)(lambda x: matrix @ x, b)
+    true = np.linalg.norm(b - matrix @ found.value) / np.linalg.norm(b)
+    np.testing.assert_allclose(found.residual, true, rtol=1e-3)
+    assert found.residual > 0.1
+    assert linear_solve.explain(found).startswith("Not solved")
+
+
 @pytest.mark.parametrize("name", GENERAL)
 def test_vmap_is_a_loop(name, x64):
     matrices, sides = zip(*(system(SPECTRA["definite"], seed=s)[:2] for s in range(3)), strict=True)
     matrices, sides = jnp.stack(matrices), jnp.stack(sides)
-
-    together = jax.jit(jax.vmap(compiled(name)))(matrices, sides)
+    every = quick(jax.vmap(compiled(name)))
+    together = every(matrices, sides)
     for i in range(3):
         alone = compiled(name)(matrices[i], sides[i])
         np.testing.assert_allclose(together.value[i], alone.value, rtol=1e-9, atol=1e-12)
+    broken = every(matrices.at[1].set(jnp.nan), sides)
+    assert np.isinf(broken.residual[1])
+    for i in (0, 2):  # the task between them poisons neither
+        np.testing.assert_array_equal(broken.value[i], together.value[i])
 
 
 @pytest.mark.parametrize("name", ["cg", "direct", "minres", "neumann"])
@@ -127,7 +143,7 @@ def test_damping_and_warm_start(name, x64):
     long, short = ({}, {}) if name == "direct" else ({"steps": 200}, {"steps": 2})
     make = linear_solve.SOLVERS[name]
 
-    @jax.jit
+    @quick
     def run(b, start):
         damped = make(damping=2.0, **long)(lambda x: matrix @ x, b)
         return damped, make(**short)(lambda x: matrix @ x, b, start=start)
@@ -169,7 +185,7 @@ def test_bfloat16_vectors_with_float32_sums(name):
         image = (matrix @ flat).astype(jnp.bfloat16)
         return {"x": image[:3], "y": image[3:]}
 
-    found = jax.jit(lambda side: GENERAL[name](product, side))(side)
+    found = quick(lambda side: GENERAL[name](product, side))(side)
     assert found.value["x"].dtype == jnp.bfloat16
     assert found.residual.dtype == jnp.float32
     exact = np.linalg.solve(matrix, np.concatenate([side["x"], side["y"]]).astype(np.float32))
@@ -197,7 +213,10 @@ def test_never_nan_and_always_honest(spectrum, side):
             )
 
 
-def head_system(ridge, ways=3, samples=4, features=6):
+HEADS = {"softmax": linear_head.softmax_problem, "squared": linear_head.squared_problem}
+
+
+def head_system(loss, ridge, ways=3, samples=4, features=6):
     keys = jax.random.split(jax.random.key(3), 3)
     context = linear_head.HeadContext(
         jax.random.normal(keys[0], (samples, features)),
@@ -207,31 +226,62 @@ def head_system(ridge, ways=3, samples=4, features=6):
         jnp.ones(samples).at[0].set(0.0),
     )
     init = {"kernel": jnp.zeros((features, ways)), "bias": jnp.zeros(ways)}
-    problem = linear_head.softmax_problem(lambda t, b: b, lambda t: init, ridge)
-    return problem, context, init
+    return HEADS[loss](lambda t, b: b, lambda t: init, ridge), context, init
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+def a_side(init):
+    return jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), init)
+
+
+@functools.partial(quick, static_argnums=(0, 4))
 def solve_both(problem, context, init, b, damping):
     solver = linear_solve.woodbury(damping=damping).make(problem, init, context)
     product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
     return solver(product, b), linear_solve.direct(damping=damping)(product, b)
 
 
+@pytest.mark.parametrize("loss", HEADS)
 @pytest.mark.parametrize(("ridge", "damping"), [(0.1, 0.0), (1e-6, 0.0), (0.0, 0.1)])
-def test_woodbury_agrees_with_direct(ridge, damping, x64):
-    problem, context, init = head_system(ridge)
-    b = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), init)
-    found, exact = solve_both(problem, context, init, b, damping)
+def test_woodbury_agrees_with_the_dense_solve(loss, ridge, damping, x64):
+    problem, context, init = head_system(loss, ridge)
+    found, exact = solve_both(problem, context, init, a_side(init), damping)
     error = trees.norm(jax.tree.map(jnp.subtract, found.value, exact.value))
     assert error < 1e-8 * trees.norm(exact.value)
     np.testing.assert_allclose(found.residual, exact.residual, atol=1e-8)
 
 
-def test_woodbury_in_float32_and_without_a_head():
-    problem, context, init = head_system(1e-3)
-    b = jax.tree.map(jnp.ones_like, init)
-    assert solve_both(problem, context, init, b, 0.0)[0].residual < 1e-4
+@pytest.mark.parametrize("loss", HEADS)
+def test_woodbury_in_float32_whatever_the_scale(loss):
+    """One program: right at any scale, zero for zero, and alone in its failure on NaN features."""
+    problem, context, init = head_system(loss, 1e-3)
+    broken = context._replace(support_features=context.support_features.at[0].set(jnp.nan))
+    contexts = jax.tree.map(lambda *x: jnp.stack(x), context, broken, context, context, context)
+    scales = jnp.array([1.0, 1.0, 1e-30, 1e30, 0.0])
+
+    @quick
+    @jax.vmap
+    def solve(context, scale):
+        product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
+        side = jax.tree.map(lambda x: scale * x, a_side(init))
+        return linear_solve.woodbury().make(problem, init, context)(product, side)
+
+    found = solve(contexts, scales)
+    assert np.all(found.residual[jnp.array([0, 2, 3])] < 1e-3)
+    assert np.isinf(found.residual[1])
+    assert found.residual[4] == 0
+    values = jax.vmap(lambda x: trees.ravel(x)[0])(found.value)
+    assert np.all(np.isfinite(values))
+    assert np.all(values[4] == 0)
+    for i in (2, 3):
+        np.testing.assert_allclose(values[i] / scales[i], values[0], rtol=1e-3, atol=1e-4)
+
+
+def test_woodbury_without_ridge_or_head():
+    problem, context, init = head_system("softmax", 0.0)
+    found, _ = solve_both(problem, context, init, a_side(init), 0.0)
+    assert np.isinf(found.residual)
+    assert trees.all_finite(found.value)
+    assert linear_solve.explain(found).startswith("Failed")
     headless = mm.Problem(problem.embed, problem.inner_loss, problem.outer_loss, problem.init)
     with pytest.raises(ValueError, match="expected a problem with a `head`"):
         linear_solve.woodbury().make(headless, init, context)
