@@ -2,6 +2,7 @@
 # make lint   formatter, linter, type checker, import rules make clean removes what the others made
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
+# make test-slow    the tests that take minutes: runs killed again and again, several processes, notebooks
 # make test-latest  the tests on the newest Python from 3.12 on, with the newest packages, in .venv-latest
 # Each but the last first makes .venv with the pinned versions of requirements.lock.
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 LATEST := .venv-latest
 READY := $(VENV)/.ready
 
-.PHONY: setup train test test-latest regress lint format docs clean
+.PHONY: setup train test test-slow test-latest regress lint format docs clean
 
 setup: $(READY)
 
@@ -30,6 +31,9 @@ train: $(READY)
 test: $(READY)
 	@echo "memmeta: running the tests, slowest listed last"
 	@$(BIN)/pytest -n 2 --durations=15 $(ARGS)
+
+test-slow: $(READY)
+	@$(BIN)/pytest -m slow -n 2 --durations=15 $(ARGS)
 
 test-latest:
 	@newest="$(or $(NEWEST),$$(scripts/newest_python.sh))" \
