@@ -226,7 +226,8 @@ def memory(keys: Array, quick: bool) -> Experiment:
         }
 
     found = {
-        name: [temporary_megabytes(at(int(k))[name], theta, drawn) for k in steps] for name in at(1)
+        name: [temporary_megabytes(at(int(k))[name], theta, drawn, quick) for k in steps]
+        for name in at(1)
     }
     claims = []
     for name, power in (("memory_reduced", 0), ("warm starts (AmIGO, SOBA)", 0), ("ITD / MAML", 1)):

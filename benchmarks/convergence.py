@@ -4,7 +4,7 @@
 
 Prints a table: claim, what is expected, what was fitted with its 95 % interval over seeds, and
 whether it holds; and one of the memory that goes with each curve. Writes convergence.json (all
-curves) and convergence.png.
+curves) and convergence.png; experiments that an earlier run left in the folder stay in both.
 """
 
 import argparse
@@ -42,29 +42,30 @@ POINTS = 400
 """Points of a curve kept in the JSON file."""
 
 
-def picture(experiments: list[Experiment], path: Path) -> None:
+def picture(results: dict[str, dict[str, Any]], path: Path) -> None:
     """One panel an experiment: the median over seeds and the range of all, and the memory."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 2 if len(experiments) > 1 else 1
-    rows = -(-len(experiments) // columns)
+    columns = 2 if len(results) > 1 else 1
+    rows = -(-len(results) // columns)
     size = (7.5 * columns, 4.5 * rows)
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, figsize=size)
-    for panel, experiment in zip(axes.flat, experiments, strict=False):
-        for name, (x, y) in experiment.curves.items():
-            taken = experiment.memory.get(name)
-            label = f"{name}: {taken}" if taken else name
+    for panel, result in zip(axes.flat, results.values(), strict=False):
+        for name, curve in result["curves"].items():
+            x, y = np.array(curve["x"]), np.array(curve["y"])
+            taken = result["memory"].get(name)
+            label = f"{name}: {Footprint(**taken)}" if taken else name
             (line,) = panel.plot(x, np.median(y, axis=0), label=label, marker="." * (len(x) < 30))
             panel.fill_between(x, y.min(axis=0), y.max(axis=0), alpha=0.15, color=line.get_color())
-        panel.set(title=experiment.title, xlabel=experiment.axes[0], ylabel=experiment.axes[1])
+        panel.set(title=result["title"], xlabel=result["axes"][0], ylabel=result["axes"][1])
         panel.set(xscale="log", yscale="log")
         panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
-    for panel in axes.flat[len(experiments) :]:
+    for panel in axes.flat[len(results) :]:
         panel.set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
@@ -123,9 +124,12 @@ def main(arguments: list[str] | None = None) -> bool:
     print("temporary memory of one compiled meta-step, beside the curves")
     for name, experiment in found.items():
         print("\n".join(f"    {name:13} {line}" for line in beside(experiment)))
-    picture(list(found.values()), options.out / "convergence.png")
-    results = {name: record(experiment) for name, experiment in found.items()}
-    (options.out / "convergence.json").write_text(json.dumps(results))
+    file = options.out / "convergence.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known |= {name: record(experiment) for name, experiment in found.items()}
+    results = {name: known[name] for name in EXPERIMENTS if name in known}
+    file.write_text(json.dumps(results))
+    picture(results, options.out / "convergence.png")
     print(f"curves and picture in {options.out}")
     return all(claim.holds for claim in claims)
 

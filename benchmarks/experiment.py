@@ -56,14 +56,17 @@ class Experiment(NamedTuple):
 
 Step = mm.MetaStep | WarmStart
 
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""To the compiler: save your own seconds, not the program's."""
+
 LONGER = 100
 """How many times longer an inner loop is made to see whether memory grows with it."""
 
 
 def compiled(function: Callable, *arguments: Any, quick: bool = False) -> Any:
     """The result of one compiled call; a quick run saves its seconds in the compiler."""
-    options: dict[str, Any] = {"xla_backend_optimization_level": 0} if quick else {}
-    return jax.jit(function).lower(*arguments).compile(options)(*arguments)
+    lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile(QUICKLY if quick else {})(*arguments)
 
 
 def meta_step(
@@ -83,12 +86,13 @@ def meta_step(
     return WarmStart(step, warm) if warm else step
 
 
-def temporary_megabytes(step: Step, theta: Any, tasks: Any) -> float:
+def temporary_megabytes(step: Step, theta: Any, tasks: Any, quick: bool = False) -> float:
     """What one compiled meta-step needs beside its arguments and results."""
     count = jax.tree.leaves(tasks)[0].shape[0]
     numbers = (jax.ShapeDtypeStruct((count,), jnp.int32),) if isinstance(step, WarmStart) else ()
     program: Any = step.compiled
-    analysis = program.lower(step.init(theta), tasks, *numbers).compile().memory_analysis()
+    lowered = program.lower(step.init(theta), tasks, *numbers)
+    analysis = lowered.compile(QUICKLY if quick else {}).memory_analysis()
     return analysis.temp_size_in_bytes / 1e6
 
 
