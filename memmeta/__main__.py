@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from memmeta import checkpoints, devices, processes
+from memmeta import checkpoints, devices, events, processes
 from memmeta.checkpoints import CheckpointError, write_whole
 from memmeta.config import Config, UserError
 from memmeta.data import DataError
@@ -41,6 +42,8 @@ class Train:
     strict: bool = False
     """Stop at the first task that is not finite, inner loop that diverges, inner Hessian that is
     not positive or meta-gradient that explodes, with the state and the tasks saved."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder too; needs tensorboardX."""
     devices: int | None = None
     """Devices of each process to spread tasks over; changes nothing but rounding. None: as many as
     there are and can share the tasks out evenly; of a CPU each core is one."""
@@ -112,7 +115,15 @@ def _train_in(folder: RunFolder, command: Train) -> None:
     )
     block = trainer.compile()
     check_room(trainer, block)
-    with progress.shown(config.meta_steps) as show:
+    with ExitStack() as shown:
+        shows = [shown.enter_context(progress.shown(config.meta_steps))]
+        if command.tensorboard:
+            shows.append(shown.enter_context(events.written(folder.path)))
+
+        def show(line: dict[str, Any]) -> None:
+            for each in shows:
+                each(line)
+
         state = train(trainer, block, folder, command.resume, show, command.strict)
     report = final_report(trainer, state, folder, block)
     if not processes.is_first():
@@ -227,6 +238,8 @@ def _run(arguments: list[str]) -> int:
         raise UserError("--resume: name the run folder to go on with, by --run")
     if command.resume:
         _refuse_changes(stored, command.config)
+    if command.tensorboard:
+        events.require()
     for name in ("processes", "devices"):
         if getattr(command, name) is not None and getattr(command, name) < 1:
             raise UserError(f"{name}: expected at least 1, found {getattr(command, name)}")
