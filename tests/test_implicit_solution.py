@@ -1,18 +1,16 @@
 """The inner solution as a function: every transformation of JAX, against its closed form."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from quickly import quick
 
 import memmeta as mm
 from memmeta.hypergradient.implicit_solution import implicit_solution
 
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 MATRIX = np.random.default_rng(0).normal(size=(6, 3))
 
 

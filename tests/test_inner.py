@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 from problems import EXAMPLES, logistic_example, network_example, quadratic_example
+from quickly import quick
 
 import memmeta as mm
 
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SAFE = {
     "gradient_descent": mm.gradient_descent(),
     "accelerated": mm.accelerated(),
