@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from memmeta import checkpoints
 from memmeta.__main__ import main
 from memmeta.config import Config
+from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
 from memmeta.run_folder import RunFolder
 from memmeta.trainer import make_trainer
 
@@ -184,3 +186,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 def test_the_configuration_survives_a_round_trip():
     config = Config(ways=7, inner_rate=0.5)
     assert Config.from_json(config.to_json(), "here") == config
+
+
+def test_augmentation_is_for_training_and_normalisation_for_both():
+    train = load("glyphs", "train")
+    config = Config(warp=0.2, crop=2, flip=True, normalise=True)
+    statistics = normalisation(train)
+    sampler = config.training_episodes(train)
+    assert sampler.augmentation == Augmentation(Warp(0.2, 0.2, 0.2, 0.1), 2, True, *statistics)
+    assert sampler.cross_family
+    assert not Config(cross_family=False).training_episodes(train).cross_family
+    plain, other = config.test_episodes(train).values()
+    assert plain == Episodes(queries=15, augmentation=Augmentation(None, 0, False, *statistics))
+    assert other == replace(plain, queries=5, cross_family=True)
