@@ -1,7 +1,11 @@
-"""What a person sees while a run goes on: a live bar in a terminal, plain lines in a log file."""
+"""What a person sees while a run goes on.
+
+A live bar in a terminal, one that is redrawn in place in a notebook, plain lines in a log file.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +46,7 @@ def describe(line: dict[str, Any]) -> str:
 
 @contextmanager
 def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show log points as they come.
+    """Show log points as they come, in the way that fits where the output goes.
 
     Args:
         meta_steps: of the whole run.
@@ -50,6 +54,9 @@ def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     Yields:
         The function to call with each log point.
     """
+    if console.is_jupyter:
+        yield _in_notebook(meta_steps)
+        return
     if not console.is_terminal:
         yield lambda line: console.print(
             f"meta-step {line['step']}/{meta_steps}: {describe(line)}", soft_wrap=True
@@ -71,6 +78,28 @@ def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
                 progress.console.print(f"meta-step {line['step']}: {describe(line)}")
 
         yield show
+
+
+def _in_notebook(meta_steps: int) -> Callable[[dict[str, Any]], None]:
+    """An output of the running cell that every log point redraws; needs nothing but IPython."""
+    from IPython.display import display
+
+    judged: list[str] = []
+
+    def drawn(step: int, text: str) -> dict[str, str]:
+        bar = f'<progress value="{step}" max="{meta_steps}"></progress> {step}/{meta_steps}'
+        rows = "<br>".join([f"{bar} {escape(text)}", *map(escape, judged)])
+        plain = "\n".join([f"meta-step {step}/{meta_steps}: {text}", *judged])
+        return {"text/html": rows, "text/plain": plain}
+
+    handle = display(drawn(0, "compiling"), raw=True, display_id=True)
+
+    def show(line: dict[str, Any]) -> None:
+        if "validation_accuracy" in line:
+            judged.append(f"meta-step {line['step']}: {describe(line)}")
+        handle.update(drawn(line["step"], describe(line)), raw=True)
+
+    return show
 
 
 def print_report(report: dict[str, Any]) -> None:

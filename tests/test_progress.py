@@ -1,0 +1,55 @@
+"""What a person sees of a run: plain lines in a file, a bar in a terminal and in a notebook."""
+
+import io
+
+import nbformat
+from nbclient import NotebookClient
+from rich.console import Console
+
+from memmeta import progress
+
+FIRST = {"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0, "masked": 0}
+LAST = {**FIRST, "step": 40, "masked": 2, "validation_accuracy": 0.8, "validation_interval": 0.02}
+SAID = "query loss 0.500, accuracy 90.0 %, 31 tasks/s"
+JUDGED = f"{SAID}, 2 tasks masked (not finite), validation 80.0 ± 2.0 %"
+
+
+def printed(monkeypatch, **options):
+    """All that a run of two log points prints on such a console."""
+    text = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=text, width=200, **options))
+    with progress.shown(40) as show:
+        show(FIRST)
+        show(LAST)
+    return text.getvalue()
+
+
+def test_a_log_file_gets_one_plain_line_a_log_point(monkeypatch):
+    lines = printed(monkeypatch).splitlines()
+    assert lines == [f"meta-step 20/40: {SAID}", f"meta-step 40/40: {JUDGED}"]
+
+
+def test_a_terminal_gets_a_bar_and_keeps_what_was_judged(monkeypatch):
+    text = printed(monkeypatch, force_terminal=True, color_system=None)
+    assert "40/40" in text
+    assert f"meta-step 40: {JUDGED}" in text
+
+
+def test_a_notebook_gets_one_output_that_is_redrawn(tmp_path):
+    code = f"""
+from memmeta import progress
+with progress.shown(40) as show:
+    show({FIRST!r})
+    show({LAST!r})
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    (output,) = notebook.cells[0].outputs
+    assert output.data["text/html"] == (
+        f'<progress value="40" max="40"></progress> 40/40 {JUDGED}<br>meta-step 40: {JUDGED}'
+    )
+    assert output.data["text/plain"].splitlines() == [
+        f"meta-step 40/40: {JUDGED}",
+        f"meta-step 40: {JUDGED}",
+    ]
