@@ -3,9 +3,13 @@
 import os
 import pathlib
 
-# Most of the tests' time is the compiler's: it need not make small programs fast.
-flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ.setdefault("XLA_FLAGS", flags)
+# Most of the tests' time is the compiler's, and small arrays need no optimised code.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
