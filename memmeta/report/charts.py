@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from memmeta.evaluate import Interval
 from memmeta.report.judge import Judged
@@ -114,9 +115,15 @@ def over_steps(
             axes.set_yscale("log")
         elif not log:
             axes.set_ylim(0, 1.08 * max(values))
-        axes.set_xlabel("meta-step")
+        in_meta_steps(axes)
 
     return drawn(name, title, note, draw)
+
+
+def in_meta_steps(axes: Axes) -> None:
+    """The axis below counts meta-steps."""
+    axes.set_xlabel("meta-step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def look(number: int, length: int = 0) -> dict[str, Any]:
@@ -146,8 +153,9 @@ def accuracy(runs: Sequence[Judged]) -> Chart | None:
                 capsize=3,
                 color=look(number)["color"],
             )
-        axes.set_xlabel("meta-step")
+        in_meta_steps(axes)
         axes.yaxis.set_major_formatter("{x:g} %")
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
 
     note = "Line: training tasks. Points: validation tasks, with their 95 % interval."
     return drawn("accuracy", "Query accuracy", note, draw)
@@ -176,6 +184,7 @@ def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_formatter("{x:g} %")
+        axes.set_xlim(right=min(axes.get_xlim()[1], 101))
 
     note = f"{episodes} test episodes drawn from each group alone; 95 % intervals."
     tall = (SIZE[0], max(SIZE[1], 0.7 + len(names) * (0.2 + 0.1 * len(runs))))
