@@ -13,6 +13,7 @@ import memmeta as mm
 from memmeta.algorithms import METHODS, Learner
 from memmeta.hypergradient import implicit, mixed_mode, unrolled
 from memmeta.linear_solve import cg
+from memmeta.meta_step import TaskChunk
 from memmeta.models import Network, conv4
 from memmeta.problem import Batch, Task
 
@@ -146,7 +147,7 @@ VARIANTS: dict[str, Callable[..., Learner]] = {
 """Methods in another form that is measured too."""
 
 
-def meta_step(made: Learner, chunk: int | None, mesh: Any = None) -> mm.MetaStep:
+def meta_step(made: Learner, chunk: TaskChunk, mesh: Any = None) -> mm.MetaStep:
     """One outer iteration with Adam."""
     parts = (made.problem, made.inner, made.estimator, optax.adam(1e-3))
     return mm.make_meta_step(*parts, task_chunk=chunk, mesh=mesh)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,17 @@ from memmeta.hypergradient.warm import Scheduled
 from memmeta.inner import InnerLoop
 from memmeta.metrics import Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
+
+TaskChunk: TypeAlias = int | Literal["auto"] | None
+"""Tasks worked on at once on each device; None: all; "auto": what the platform is fastest at."""
+
+NUMBERS_AT_ONCE = 32_768
+"""On a CPU "auto" takes as many tasks as hold so many numbers, and one that holds more by itself.
+
+`benchmarks.chunks`: a convolutional network's tasks (60,000 numbers) are fastest one at a time, in
+the cache; a small dense one's (50 numbers) up to seven times faster all at once. A GPU or TPU, slow
+at many small steps, takes all.
+"""
 
 EXPLODING = 1000.0
 """A meta-gradient this many times longer than usual is not followed."""
@@ -50,7 +61,7 @@ class MetaStep:
         inner: the inner loop.
         estimator: of the hypergradient.
         optimizer: the outer optimiser.
-        task_chunk: tasks worked on at once on each device; None means all.
+        task_chunk: tasks worked on at once on each device, see `TaskChunk`.
         mesh: the devices tasks are spread over, along its axis "tasks"; None means one device.
     """
 
@@ -58,7 +69,7 @@ class MetaStep:
     inner: InnerLoop
     estimator: Estimator | Scheduled
     optimizer: optax.GradientTransformation
-    task_chunk: int | None = None
+    task_chunk: TaskChunk = "auto"
     mesh: Mesh | None = None
 
     def init(self, meta_params: MetaParams, key: Key[Array, ""] | None = None) -> MetaState:
@@ -102,7 +113,7 @@ class MetaStep:
             ValueError: the tasks have no common leading axis, or the devices or `task_chunk` do not
                 divide it.
         """
-        self._chunk(tasks)
+        self.chunk(tasks)
         return self.compiled(state, devices.place(self.mesh, tasks, P(devices.TASKS)))
 
     @cached_property
@@ -141,10 +152,10 @@ class MetaStep:
         Returns:
             The gradient, like the inexact leaves of θ, and the metrics.
         """
-        self._chunk(tasks)
+        sums_of = partial(self._sums, self.chunk(tasks))
         draw = jax.random.fold_in(state.key, state.step)
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
-        spread = devices.spread(self.mesh, self._sums, split=2, out=(False, True))
+        spread = devices.spread(self.mesh, sums_of, split=2, out=(False, True))
         total, per_task = spread(state.meta_params, draw, state.step, tasks, numbers)
         used = jnp.maximum(total.used, 1)
         gradient = jax.tree.map(
@@ -156,6 +167,7 @@ class MetaStep:
 
     def _sums(
         self,
+        chunk: int,
         meta_params: MetaParams,
         draw: Key[Array, ""],
         step: Int32[Array, ""],
@@ -164,8 +176,6 @@ class MetaStep:
     ) -> tuple[Sums, TaskMetrics]:
         """One device's tasks, chunk by chunk; then the sums of all devices in one message."""
         count = numbers.size
-        chunk = self.task_chunk or count
-
         given = self.estimator
         estimator: Estimator = given.at(step) if isinstance(given, Scheduled) else given
 
@@ -195,8 +205,18 @@ class MetaStep:
             summed = jax.lax.psum(summed, devices.TASKS)
         return summed, per_task
 
-    def _chunk(self, tasks: Batch) -> None:
-        """Refuse a number of tasks that cannot be shared out evenly."""
+    def chunk(self, tasks: Batch) -> int:
+        """How many tasks are worked on at once on each device.
+
+        Args:
+            tasks: one batch of tasks, or its shapes.
+
+        Returns:
+            `task_chunk` with "auto" and None made a number.
+
+        Raises:
+            ValueError: the tasks cannot be shared out evenly over devices or chunks.
+        """
         count, shards = trees.leading_size(tasks, "tasks"), devices.shards(self.mesh)
         if count == 0:
             raise ValueError("tasks: found no task, expected at least one.")
@@ -206,12 +226,19 @@ class MetaStep:
                 "spread over."
             )
         local = count // shards
-        if self.task_chunk is not None and local % self.task_chunk:
-            divisors = [str(d) for d in range(1, local + 1) if local % d == 0]
+        divisors = [size for size in range(1, local + 1) if local % size == 0]
+        if self.task_chunk == "auto" and jax.default_backend() == "cpu":
+            each = sum(leaf.size for leaf in jax.tree.leaves(tasks)) / count
+            return max(size for size in divisors if size == 1 or size * each <= NUMBERS_AT_ONCE)
+        if not isinstance(self.task_chunk, int):
+            return local
+        if local % self.task_chunk:
             raise ValueError(
                 f"task_chunk: {self.task_chunk} does not divide the {local} tasks of a step on "
-                f"each device. Choose one of {', '.join(divisors)}, or None for all at once."
+                f"each device. Choose one of {', '.join(map(str, divisors))}, or None for all at "
+                "once."
             )
+        return self.task_chunk
 
 
 def _follow(
@@ -253,7 +280,7 @@ def make_meta_step(
     estimator: Estimator | Scheduled,
     optimizer: optax.GradientTransformation,
     *,
-    task_chunk: int | None = None,
+    task_chunk: TaskChunk = "auto",
     mesh: Mesh | None = None,
 ) -> MetaStep:
     r"""Make the function that does one outer iteration.
@@ -267,7 +294,8 @@ def make_meta_step(
             with the outer iteration.
         optimizer: the outer optimiser, any optax gradient transformation.
         task_chunk: tasks worked on at once on each device. Memory grows with it, and not with the
-            number of tasks; it changes nothing but rounding. None means all.
+            number of tasks; it changes nothing but rounding. "auto" takes what the platform is
+            fastest at (see `NUMBERS_AT_ONCE`), None all.
         mesh: the devices to spread tasks over, along its axis named "tasks" (see
             `memmeta.devices.task_mesh`); changes nothing but rounding. Devices exchange one sum a
             meta-step. Parameters are on every device; those of a model that does not fit may be
@@ -306,8 +334,8 @@ def make_meta_step(
     _require("estimator", estimator, fits, "one of memmeta.hypergradient")
     fits = isinstance(optimizer, optax.GradientTransformation)
     _require("optimizer", optimizer, fits, "an optax gradient transformation")
-    fits = task_chunk is None or (isinstance(task_chunk, int) and task_chunk >= 1)
-    _require("task_chunk", task_chunk, fits, "None or at least 1")
+    fits = task_chunk in (None, "auto") or (isinstance(task_chunk, int) and task_chunk >= 1)
+    _require("task_chunk", task_chunk, fits, '"auto", None or at least 1')
     return MetaStep(problem, inner, estimator, optimizer, task_chunk, devices.checked(mesh))
 
 

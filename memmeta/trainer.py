@@ -169,13 +169,12 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     for name, sampler in product(("validation", "test"), judged.values()):
         sampler.check(splits[name])
     learner = config.learner(splits["train"])
-    chunk = config.task_chunk or default_chunk(config.tasks // devices.shards(mesh))
     meta_step = make_meta_step(
         learner.problem,
         learner.inner,
         learner.estimator,
         config.optimizer(),
-        task_chunk=chunk,
+        task_chunk=config.task_chunk or "auto",
         mesh=mesh,
     )
     placed = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}
@@ -189,12 +188,6 @@ def _classes(split: Split) -> Dataset:
             "Problem of your own with memmeta.make_meta_step, or a data set of classes"
         )
     return split
-
-
-def default_chunk(tasks: int) -> int:
-    """Tasks worked on at once: few on a CPU, whose caches are small; all on a GPU or TPU."""
-    wanted = 4 if jax.default_backend() == "cpu" else tasks
-    return max(chunk for chunk in range(1, wanted + 1) if tasks % chunk == 0)
 
 
 def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
@@ -213,7 +206,8 @@ def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
     if needed is None or free is None or needed <= free:
         return
     step = trainer.meta_step
-    chunk = step.task_chunk or 1
+    state = jax.eval_shape(trainer.init)
+    chunk = step.chunk(jax.eval_shape(trainer.batch, state, trainer.splits["train"]))
     found = f"a meta-step needs {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB"
     smallest = needed
     if chunk > 1:

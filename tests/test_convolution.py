@@ -116,14 +116,6 @@ def test_forms_of_both_platforms_agree(x64):
     assert_same(cpu(), others())
 
 
-@pytest.mark.parametrize(
-    ("examples", "positions", "expected"),
-    [(150, 4, 6), (80, 3, 10), (75, 9, 3), (7, 8, 2), (1, 99, 1), (5, 1, 5), (11, 2, 11)],
-)
-def test_images_at_a_time(examples, positions, expected):
-    assert forms._images_at_a_time(examples, positions) == expected
-
-
 def test_shared_kernel_gradient_builds_no_kernel_per_task():
     tasks, kernel = 7, jnp.ones((3, 3, 2, 4))
     images = jnp.ones((tasks, 2, 6, 6, 2))

@@ -28,7 +28,7 @@ def glyph_tasks(count=4):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("chunk", [None, 1, 2])
+@pytest.mark.parametrize("chunk", ["auto", None, 1, 2])
 def test_gradient_is_the_closed_form(x64, name, chunk):
     tasks = quadratic_tasks(jax.random.key(1), tasks=4)
     theta = jnp.linspace(-1.0, 1.0, 4)
@@ -91,6 +91,25 @@ def test_chunks_change_nothing_but_rounding():
             state.meta_params,
             found[0][0].meta_params,
         )
+
+
+@pytest.mark.parametrize(
+    ("chunk", "platform", "numbers", "expected"),
+    [
+        ("auto", "cpu", 1, 12),
+        ("auto", "cpu", 8192, 4),
+        ("auto", "cpu", 5000, 6),
+        ("auto", "cpu", 60000, 1),
+        ("auto", "gpu", 60000, 12),
+        (None, "cpu", 60000, 12),
+        (3, "gpu", 1, 3),
+    ],
+)
+def test_tasks_at_once(monkeypatch, chunk, platform, numbers, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    parts = (quadratic_problem(), mm.InnerLoop(), ESTIMATORS["implicit"], optax.sgd(0.1))
+    step = mm.make_meta_step(*parts, task_chunk=chunk)
+    assert step.chunk(jax.ShapeDtypeStruct((12, numbers), jnp.float32)) == expected
 
 
 def test_a_task_that_is_not_finite_is_masked_and_counted(x64):
@@ -184,7 +203,9 @@ def test_wrong_tasks_are_named(tasks, chunk, message):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ValueError, match="task_chunk: expected None or at least 1, found 0"):
+    with pytest.raises(
+        ValueError, match='task_chunk: expected "auto", None or at least 1, found 0'
+    ):
         mm.make_meta_step(
             quadratic_problem(),
             mm.InnerLoop(),

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from memmeta.models import conv4, mlp, resnet12
+from memmeta.models import conv4, image_chunks, mlp, resnet12
 from memmeta.models.conv4 import ConvBlock
 from memmeta.models.convolution import conv
 from memmeta.models.normalization import EPSILON, BatchNorm, batch_statistics
+from memmeta.models.patch_statistics import convolution_statistics
 from memmeta.models.pooling import max_pool
 
 NETWORKS = {
@@ -88,32 +89,80 @@ def test_batch_norm_derivatives_against_finite_differences():
         check_grads(loss, (inputs, params), order=2, atol=1e-4, rtol=1e-4)
 
 
-def test_conv_block_equals_the_order_it_is_defined_by():
-    with jax.enable_x64(True):
-        images = jax.random.normal(jax.random.key(0), (4, 7, 6, 2), jnp.float64)
-        weights = jnp.asarray([1.0, 1.0, 1.0, 0.0])
-        params = {
-            "kernel": jax.random.normal(jax.random.key(1), (3, 3, 2, 3), jnp.float64),
-            "scale": jnp.asarray([0.5, -2.0, 1.0]),
-            "bias": jnp.asarray([0.3, 0.2, -0.1]),
-        }
+@pytest.fixture
+def few_positions(monkeypatch):
+    """Let small test images be worked on in several chunks, the last one smaller."""
+    monkeypatch.setattr(image_chunks, "POSITIONS", 100)
 
-        def fast(params):
-            return ConvBlock(3).apply({"params": params}, images, weights)
 
-        def plain(params):
-            hidden = conv(images, params["kernel"])
-            norm = {"params": {name: params[name] for name in ("scale", "bias")}}
-            return max_pool(jax.nn.relu(BatchNorm().apply(norm, hidden, weights)))
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("shape", [(5, 7, 6, 2, 3, 5), (4, 5, 8, 1, 3, 3)])
+def test_statistics_of_patches_are_those_of_the_convolution(x64, few_positions, shape, offset):
+    examples, height, width, channels, rows, columns = shape
+    images = offset + jax.random.normal(jax.random.key(0), (examples, height, width, channels))
+    kernel = jax.random.normal(jax.random.key(1), (rows, columns, channels, 4))
+    for weights in (jnp.asarray([2.0, 1.0, 0.0, 0.5, 1.0])[:examples], jnp.zeros(examples)):
+        found = convolution_statistics(images, kernel, weights)
+        expected = batch_statistics(conv(images, kernel), weights)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), found, expected)
 
-        def value_and_gradient(function):
-            return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(function(p)))))(params)
 
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
-            value_and_gradient(fast),
-            value_and_gradient(plain),
-        )
+def test_statistics_of_patches_in_half_precision_are_summed_wide():
+    images = (3 + jax.random.normal(jax.random.key(0), (6, 9, 9, 1))).astype(jnp.bfloat16)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 16), jnp.bfloat16)
+    found = convolution_statistics(images, kernel, jnp.ones(6))
+    wide = conv(images.astype(jnp.float32), kernel.astype(jnp.float32))
+    for a, b in zip(found, batch_statistics(wide, jnp.ones(6)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+@pytest.mark.parametrize("filters", [3, 20])
+def test_conv_block_equals_the_order_it_is_defined_by(x64, few_positions, filters):
+    images = jax.random.normal(jax.random.key(0), (5, 7, 6, 2))
+    weights = jnp.asarray([1.0, 1.0, 1.0, 0.0, 1.0])
+    start = jax.random.normal(jax.random.key(1), (2, filters))
+    params = {
+        "kernel": jax.random.normal(jax.random.key(2), (3, 3, 2, filters)),
+        "scale": start[0],
+        "bias": 0.1 * start[1],
+    }
+
+    def fast(params, images):
+        return ConvBlock(filters).apply({"params": params}, images, weights)
+
+    def plain(params, images):
+        hidden = conv(images, params["kernel"])
+        norm = {"params": {name: params[name] for name in ("scale", "bias")}}
+        return max_pool(jax.nn.relu(BatchNorm().apply(norm, hidden, weights)))
+
+    def derivatives(function):
+        def gradient(*primals):
+            return jax.grad(lambda *p: jnp.sum(jnp.sin(function(*p))), (0, 1))(*primals)
+
+        tangents = jax.tree.map(jnp.ones_like, (params, images))
+        return function(params, images), jax.jvp(gradient, (params, images), tangents)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9),
+        jax.jit(lambda: derivatives(fast))(),
+        jax.jit(lambda: derivatives(plain))(),
+    )
+
+
+def test_a_block_of_few_channels_keeps_nothing_the_size_of_its_convolution():
+    images, block = jnp.ones((40, 32, 32, 1)), ConvBlock(16)
+    params = block.init(jax.random.key(0), images[:1], jnp.ones(1))
+    loss = jax.jit(jax.grad(lambda p: jnp.sum(block.apply(p, images, jnp.ones(40)) ** 2)))
+    temporary = loss.lower(params).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 16 * images.nbytes
+
+
+@pytest.mark.parametrize(
+    ("examples", "positions", "expected"),
+    [(150, 4, 6), (80, 3, 10), (75, 9, 3), (7, 8, 2), (1, 99, 1), (5, 1, 5), (11, 2, 11)],
+)
+def test_images_at_a_time(examples, positions, expected):
+    assert image_chunks.images_at_a_time(examples, positions, 16) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 from memmeta.evaluate import Evaluation, evaluate
 from memmeta.hypergradient import Estimator
 from memmeta.inner import InnerLoop
-from memmeta.meta_step import MetaStep, make_meta_step
+from memmeta.meta_step import MetaStep, TaskChunk, make_meta_step
 from memmeta.models import Network
 from memmeta.problem import Batch, MetaParams, Problem
 
@@ -31,7 +31,7 @@ class Learner:
     init: Callable[[Key[Array, ""]], MetaParams]
 
     def make_meta_step(
-        self, optimizer: optax.GradientTransformation, *, task_chunk: int | None = None
+        self, optimizer: optax.GradientTransformation, *, task_chunk: TaskChunk = "auto"
     ) -> MetaStep:
         """`memmeta.make_meta_step` with this method's problem, inner loop and estimator."""
         return make_meta_step(

@@ -8,8 +8,10 @@ from jaxtyping import Array, Float, Shaped
 from memmeta.models.build import with_linear_head
 from memmeta.models.convolution import conv
 from memmeta.models.dtypes import as_float
+from memmeta.models.image_chunks import map_chunks
 from memmeta.models.network import Network
 from memmeta.models.normalization import batch_statistics, normalise
+from memmeta.models.patch_statistics import convolution_statistics
 from memmeta.models.pooling import max_pool, with_even_sides
 
 
@@ -20,7 +22,10 @@ class ConvBlock(nn.Module):
 
     Computed in a cheaper order that gives the same numbers: ReLU commutes with the maximum, and so
     does a * y + b with a >= 0, so that what follows the convolution touches a quarter of the
-    positions. The sign of a negative scale goes into the kernel: (-scale) * (-y).
+    positions. The sign of a negative scale goes into the kernel: (-scale) * (-y). Where images have
+    few channels, the batch statistics are found from them alone, and the rest is made of a few
+    images at a time, and made again for the backward pass: what the convolution makes of all images
+    is the largest array of the network, and is never stored.
     """
 
     filters: int
@@ -38,11 +43,21 @@ class ConvBlock(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (self.filters,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.filters,), jnp.float32)
         sign = jnp.where(scale < 0, -1, 1).astype(scale.dtype)
-        hidden = conv(images, (sign * kernel).astype(images.dtype))
-        if self.round_up:
-            hidden = with_even_sides(hidden)
-        mean, variance = batch_statistics(hidden, weights)
-        return nn.relu(normalise(max_pool(hidden), mean, variance, sign * scale, bias))
+        kernel, scale = (sign * kernel).astype(images.dtype), sign * scale
+
+        def convolved(images: Array) -> Array:
+            hidden = conv(images, kernel)
+            return with_even_sides(hidden) if self.round_up else hidden
+
+        def pooled(hidden: Array, mean: Array, variance: Array) -> Array:
+            return nn.relu(normalise(max_pool(hidden), mean, variance, scale, bias))
+
+        repeats = self.round_up and any(side % 2 for side in images.shape[1:3])
+        if kernel[..., 0].size < self.filters and not repeats:
+            statistics = convolution_statistics(images, kernel, weights)
+            return map_chunks(lambda some: pooled(convolved(some), *statistics), images)
+        hidden = convolved(images)
+        return pooled(hidden, *batch_statistics(hidden, weights))
 
 
 class ConvBlocks(nn.Module):
@@ -113,6 +128,5 @@ def conv4(
             f"image_shape: {image_shape[0]}x{image_shape[1]} cannot be halved {depth} times; "
             f"use images of at least {1 << depth} pixels a side, or a smaller depth"
         )
-    return with_linear_head(
-        ConvBlocks(width, depth, dtype, round_up), ways, image_shape, head_scale
-    )
+    body = ConvBlocks(width, depth, dtype, round_up)
+    return with_linear_head(body, ways, image_shape, head_scale)

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from memmeta.models.dtypes import at_least_float32
+from memmeta.models.image_chunks import images_at_a_time
 
 Images = Float[Array, "tasks examples height width channels"]
 Cotangents = Float[Array, "tasks examples height width filters"]
@@ -86,7 +87,7 @@ def _kernel_gradient_by_chunks(
 ) -> Float[Array, "rows columns channels filters"]:
     """Sum the kernel's gradient over chunks of images, in float32 or wider."""
     examples, height, width, _ = images.shape
-    chunk = _images_at_a_time(examples, height * width)
+    chunk = images_at_a_time(examples, height * width, POSITIONS)
     whole = examples // chunk
 
     def gradient(start: Array | int, size: int) -> Array:
@@ -106,13 +107,6 @@ def _kernel_gradient_by_chunks(
     if whole * chunk < examples:
         total = total + gradient(whole * chunk, examples - whole * chunk)
     return total
-
-
-def _images_at_a_time(examples: int, positions: int) -> int:
-    """About `POSITIONS`, at least two images, without a remainder where that can be had."""
-    target = min(examples, max(2, POSITIONS // positions))
-    near = range(min(examples, 2 * target), target // 2, -1)
-    return next((chunk for chunk in near if examples % chunk == 0), target)
 
 
 def _kernel_gradient_as_convolution(
