@@ -1,7 +1,7 @@
 r"""What `benchmarks.accuracy` runs: settings, their sizes, and each method's presets.
 
-"tuned": ours: the library's defaults, and for regression inner loops and ridges of their own, set by
-hand and not searched for. "authors": as the authors of "Memory-Reduced Meta-Learning with
+"tuned": ours: the library's defaults, and for regression inner loops and ridges of their own, set
+by hand and not searched for. "authors": as the authors of "Memory-Reduced Meta-Learning with
 Guaranteed Convergence" (AAAI 2025) ran their method and, as far as is known here, their baselines;
 the baselines' rate of Adam is taken to be that of the method.
 """
