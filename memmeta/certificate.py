@@ -188,7 +188,7 @@ def certify_measured(
     radius = distance_bound(measured.gradient, mu)
     if problem.deviations is not None:
         near = jnp.where(jnp.isfinite(radius), radius, 0)
-        found = problem.deviations(params, measured.solution, near, context)
+        found = problem.deviations(problem, params, measured.solution, near, context)
         return bound_from(found, radius, measured.residual)
     assert problem.constants is not None
     return bound(problem.constants(params, radius, context), mu, measured)

@@ -10,7 +10,6 @@ constant t:
 Derived in docs/theory.md, section "Linear heads".
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -79,18 +78,14 @@ def with_softmax_constants(problem: Problem) -> Problem:
     Any other inner loss may stand in it that adds to the cross-entropy a quadratic penalty of at
     least `strong_convexity`/2 · ‖Φ‖².
     """
-    return _able(problem, softmax_constants, SOFTMAX)
+    deviations = partial(_deviations, SOFTMAX)
+    return replace(problem, constants=softmax_constants, deviations=deviations)
 
 
 def with_squared_constants(problem: Problem) -> Problem:
     """The same for a problem of `linear_head.squared_problem`."""
-    return _able(problem, squared_constants, SQUARED)
-
-
-def _able(problem: Problem, constants: Callable, caps: tuple[float, float]) -> Problem:
-    if problem.strong_convexity is None:
-        return replace(problem, constants=constants)
-    return replace(problem, constants=constants, deviations=partial(_deviations, problem, caps))
+    deviations = partial(_deviations, SQUARED)
+    return replace(problem, constants=squared_constants, deviations=deviations)
 
 
 class _Samples(NamedTuple):
@@ -158,8 +153,8 @@ def _constants(
 
 
 def _deviations(
-    problem: Problem,
     caps: tuple[float, float],
+    problem: Problem,
     params: HeadParams,
     solution: HeadParams,
     radius: Scalar,

@@ -104,8 +104,9 @@ class Problem:
             head. Optional: it lets solvers and estimators work in the space of the samples.
         constants: (φ, radius, context) -> `Constants` valid within that distance of φ. Optional:
             with it and `strong_convexity` every implicit hypergradient has a rigorous error bound.
-        deviations: (φ̂, v̂, radius, context) -> `Deviations` for every φ* within that distance of φ̂.
-            Optional: a sharper bound than that of the constants.
+        deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
+            distance of φ̂, from the losses and μ of the problem it is given. Optional: a sharper
+            bound than that of the constants.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,4 +128,4 @@ class Problem:
     strong_convexity: Callable[[Context], Scalar] | None = None
     head: Callable[[Context], Any] | None = None
     constants: Callable[[Params, Scalar, Context], Constants] | None = None
-    deviations: Callable[[Params, Params, Scalar, Context], Deviations] | None = None
+    deviations: Callable[[Any, Params, Params, Scalar, Context], Deviations] | None = None

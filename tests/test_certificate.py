@@ -200,6 +200,22 @@ def check(error, bound, away, distance, loosest):
     assert tightness < loosest
 
 
+def test_padding_changes_no_bound(x64):
+    problem, context = head_problem(0.1), random_features(jax.random.key(0))
+    params = {"kernel": jnp.ones((3, 3)) / 3, "bias": jnp.arange(3.0)}
+
+    def padded(leaf):
+        row = jnp.full((2, *leaf.shape[1:]), -1, leaf.dtype)
+        return jnp.concatenate([leaf, row])
+
+    wide = context._replace(**{n: padded(x) for n, x in context._asdict().items() if x is not None})
+    found, known = (certificate.certify(problem, params, params, c) for c in (wide, context))
+    np.testing.assert_allclose(found.total, known.total, rtol=1e-9)
+    radius = jnp.float64(0.1)
+    constants = (head_constants.softmax_constants(params, radius, c) for c in (wide, context))
+    np.testing.assert_allclose(*(c.coupling for c in constants), rtol=1e-9)
+
+
 def test_nothing_is_promised_without_strong_convexity(x64):
     problem = head_problem(0.0)
     context = random_features(jax.random.key(0))

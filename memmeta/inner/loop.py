@@ -72,9 +72,11 @@ def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable
 
     sharper = problem.deviations
 
-    def deviations(wide: Params, solution: Params, radius: Scalar, context: Context) -> Deviations:
+    def deviations(
+        _: Problem, wide: Params, solution: Params, radius: Scalar, context: Context
+    ) -> Deviations:
         assert sharper is not None
-        return sharper(restore(wide), solution, radius, context)
+        return sharper(problem, restore(wide), solution, radius, context)
 
     bound = replace(problem, inner_loss=inner_loss, outer_loss=outer_loss)
     bound = replace(bound, constants=given and constants, deviations=sharper and deviations)
