@@ -1,6 +1,8 @@
 """Whatever is given to a public entry: it works, or an error names the argument."""
 
+import ast
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -185,3 +187,30 @@ def test_any_option(option, value, tmp_path, capsys):
     captured = capsys.readouterr()
     assert code in (1, 2)
     assert "Traceback" not in captured.err + captured.out
+
+
+RUNS_WHAT_IT_READS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "pickle",
+    "marshal",
+    "shelve",
+    "dill",
+}
+
+
+def test_nothing_that_is_read_is_run():
+    """No module evaluates text or unpickles; numpy is told not to."""
+    for path in Path(mm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = set()
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                names = {node.func.id}
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & RUNS_WHAT_IT_READS, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
+                options = {option.arg: option.value for option in node.keywords}
+                assert not ast.literal_eval(options["allow_pickle"]), f"{path}:{node.lineno}"

@@ -1,6 +1,6 @@
 """Tasks spread over devices: the same numbers, the same episodes, one message a meta-step."""
 
-import re
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
+from benchmarks.scaling import collectives
+from benchmarks.workloads import compiled
 from memmeta import devices
+from memmeta.algorithms import METHODS
 from memmeta.config import Config
 from memmeta.data import Episodes, load
 from memmeta.hypergradient import ESTIMATORS
 from memmeta.trainer import make_trainer
 
-QUICK = ("implicit", "unrolled", "forward_mode-random", "first_order")
-ANY_PROBLEM = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name, entry in ESTIMATORS.items()
-    if not entry.heads
-]
-COLLECTIVE = re.compile(
-    r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast)"
-    r"(-start)?\("
-)
+QUICK = ("implicit", "unrolled", "forward_mode-random", "first_order", "memory_reduced", "maml")
+
+
+def some_are_slow(names):
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
+
+
+ANY_PROBLEM = some_are_slow(name for name, entry in ESTIMATORS.items() if not entry.heads)
 
 
 def mesh_of(count):
     return devices.task_mesh(jax.devices()[:count])
+
+
+def messages(program):
+    return [name for name, _ in collectives(program)]
 
 
 def make_step(name="implicit", mesh=None, chunk=None, optimizer=None):
@@ -86,8 +91,33 @@ def test_one_message_a_meta_step(name, x64_on):
             step.mesh, quadratic_tasks(jax.random.key(1), tasks=16), PartitionSpec("tasks")
         )
         lowered = step.compiled.lower(step.init(jnp.ones(4)), tasks)
-        found = COLLECTIVE.findall(lowered.compile().as_text())
-    assert found == [("all-reduce", "")], found
+        found = messages(lowered.compile())
+    assert found == ["all-reduce"]
+
+
+@pytest.mark.parametrize("name", some_are_slow(METHODS))
+def test_every_method_on_four_devices_is_that_on_one_with_one_message(name):
+    network = mm.models.mlp(2, widths=(4,), input_shape=(3,))
+    inner = {"inner": mm.InnerLoop(optax.sgd(0.1), steps=2)}
+    takes_inner = "inner" in inspect.signature(METHODS[name]).parameters
+    learner = METHODS[name](network, **(inner if takes_inner else {}))
+    labels = jnp.tile(jnp.arange(4, dtype=jnp.int32) % 2, (4, 1))
+    images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)) + labels[..., None].astype(
+        jnp.float32
+    )
+    found = []
+    for mesh in (None, mesh_of(4)):
+        parts = (learner.problem, learner.inner, learner.estimator, optax.sgd(0.1))
+        step = mm.make_meta_step(*parts, mesh=mesh)
+        tasks = mm.Task(images[0], labels, images[1], labels)
+        tasks = devices.place(step.mesh, tasks, PartitionSpec("tasks"))
+        state = step.init(learner.init(jax.random.key(1)))
+        program = compiled(step.update, state, tasks)
+        found.append(program(state, tasks))
+    assert messages(program) == ["all-reduce"]
+    (alone, alone_metrics), (spread, metrics) = found
+    assert_close(alone.meta_params, spread.meta_params, 1e-4)
+    assert_close(alone_metrics.tasks.loss, metrics.tasks.loss, 1e-4)
 
 
 def test_a_step_on_a_mesh_compiles_once_and_keeps_its_layout():
@@ -134,13 +164,13 @@ def test_the_same_episodes_on_any_number_of_devices():
 
 
 def test_a_run_on_two_devices_is_the_run_on_one():
-    config = Config(ways=3, queries=2, width=4, tasks=2, inner_steps=5, meta_steps=4, episodes=3)
+    config = Config("protonet", ways=2, queries=1, test_queries=1, width=2, tasks=2, meta_steps=4)
     found = []
     for mesh in (None, mesh_of(2)):
         trainer = make_trainer(config, mesh)
         block = trainer.compile()
         if mesh is not None:
-            assert COLLECTIVE.findall(block.as_text()) == [("all-reduce", "")]
+            assert messages(block) == ["all-reduce"]
         state, metrics = block(trainer.init(), trainer.splits["train"], jnp.int32(2))
         accuracy = trainer.evaluator(state, "test", trainer.judged["any styles"], 3, 3)
         found.append((state.meta_params, metrics.loss, accuracy))
