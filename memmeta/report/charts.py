@@ -184,6 +184,7 @@ def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_formatter("{x:g} %")
+        axes.locator_params(axis="x", nbins=5)
         axes.set_xlim(right=min(axes.get_xlim()[1], 101))
 
     note = f"{episodes} test episodes drawn from each group alone; 95 % intervals."
@@ -199,8 +200,10 @@ def memory(runs: Sequence[Judged]) -> Chart | None:
 
     def draw(axes: Axes) -> None:
         colours = [look(number)["color"] for number in range(len(runs))]
-        axes.barh(range(len(runs)), found, 0.6, color=colours)
-        axes.set_yticks(range(len(runs)), [run.name for run in runs])
+        bars = axes.barh(range(len(runs)), found, 0.6, color=colours)
+        axes.bar_label(bars, [f"{size:.4g} MB" if size else "" for size in found], padding=4)
+        axes.margins(x=0.25)
+        axes.set_yticks([])
         axes.set_ylim(len(runs) - 0.4, -0.6)
         axes.set_xlabel("MB")
 

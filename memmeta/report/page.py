@@ -208,7 +208,9 @@ def episode_html(index: int, run: Judged) -> str:
     assert episode is not None
     targets = episode.task.query_targets
     scores = [np.mean(p.argmax(axis=1) == targets) for p in (episode.before, episode.after)]
-    heading = f"{escape(episode.group)}: {100 * scores[0]:.0f} % → {100 * scores[1]:.0f} %"
+    heading = (
+        f"{escape(episode.group)}: {100 * scores[0]:.0f}&nbsp;% → {100 * scores[1]:.0f}&nbsp;%"
+    )
     rows = "".join(class_html(episode, way) for way in range(run.config.ways))
     return f'<div class="card"><h3>{label(index, run)}, {heading}</h3>{rows}</div>'
 
@@ -216,16 +218,18 @@ def episode_html(index: int, run: Judged) -> str:
 def class_html(episode: Episode, way: int) -> str:
     """One class of an episode: its support examples, then some of its query examples."""
     task, name = episode.task, class_name(way)
-    tiles = [
+    support = [
         tile(task.support_inputs[i], "support", name)
         for i in np.flatnonzero(task.support_targets == way)[:QUERIES_SHOWN]
     ]
+    query = []
     for i in np.flatnonzero(task.query_targets == way)[:QUERIES_SHOWN]:
         before, after = episode.before[i], episode.after[i]
         right = after.argmax() == way
         said = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
-        tiles.append(tile(task.query_inputs[i], "right" if right else "wrong", said))
-    return f'<div class="class">{"".join(tiles)}</div>'
+        query.append(tile(task.query_inputs[i], "right" if right else "wrong", said))
+    tiles = "".join(f'<div class="tiles">{"".join(found)}</div>' for found in (support, query))
+    return f'<div class="class">{tiles}</div>'
 
 
 def said_of(probabilities: np.ndarray) -> str:
