@@ -138,7 +138,7 @@ def full_size(quick: bool) -> dict[str, Work]:
         for method, steps in (("memory_reduced", 20), ("imaml", 5), ("maml", 5)):
             made = learner(network, method, steps)
             parts = (made.problem, made.inner, made.estimator, optax.adam(1e-3))
-            step = mm.make_meta_step(*parts, mesh=mesh)
+            step = mm.make_meta_step(*parts, task_chunk=None, mesh=mesh)
             theta = jax.eval_shape(made.init, jax.random.key(0))
             two = load._replace(tasks=2).shapes()
             found[f"{method}, T = {steps}, {name}"] = work(step, theta, two, steps)
