@@ -35,12 +35,13 @@ TINY = [
 def start(path, *options, steps=12):
     """A small run, or the rest of one, of its own process, on one device."""
     new = [] if "--resume" in options else [*TINY, f"--meta-steps={steps}"]
-    return start_with(path, *options, *new)
+    return start_with(path, "--devices=1", *options, *new)
 
 
 def start_with(path, *options):
-    """A real run of its own process, without this one's simulated devices."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    """A real run of its own process, without this one's simulated devices, quickly compiled."""
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags)}
     command = [sys.executable, "-m", "memmeta", "train", "--run", str(path), *options]
     return subprocess.Popen(
         command,
@@ -78,12 +79,13 @@ def assert_same_run(first, second):
         np.testing.assert_array_equal(one, other)
 
 
+def line_count(path):
+    file = path / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def wait_for_lines(path, process, count):
-    while process.poll() is None:
-        if (path / "metrics.jsonl").exists():
-            text = (path / "metrics.jsonl").read_text()
-            if text.count("\n") >= count:
-                return
+    while process.poll() is None and line_count(path) < count:
         time.sleep(0.01)
 
 
@@ -95,15 +97,19 @@ def uninterrupted(tmp_path_factory):
     return path
 
 
-def kill_and_resume(path, moments, rng):
+def kill_and_resume(path, moments, rng, steps):
     """Kill a run and resume it, `moments` times, then let it end."""
-    process = start(path)
+    process = start(path, steps=steps)
     for moment in range(moments):
-        wait_for_lines(path, process, rng.randrange(1, 12) if moment else 1)
-        time.sleep(rng.random() * 0.3)
+        if moment % 2:  # wherever it is by then: imports, reading, compiling, steps
+            time.sleep(rng.random() * 4)
+        else:  # while it makes steps, judges or saves
+            wait_for_lines(path, process, line_count(path) + rng.randrange(1, 3))
+            time.sleep(rng.random() * 0.3)
         process.kill()
         process.communicate()
-        process = start(path, "--resume") if (path / "config.json").exists() else start(path)
+        known = ["--resume"] if (path / "config.json").exists() else []
+        process = start(path, *known, steps=steps)
     ended(process)
 
 
@@ -142,9 +148,11 @@ def test_an_interrupt_saves_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_moments(uninterrupted, tmp_path):
-    kill_and_resume(tmp_path / "killed", 20, random.Random(1))
-    assert_same_run(uninterrupted, tmp_path / "killed")
+def test_a_run_killed_at_twenty_moments(tmp_path):
+    whole = start(tmp_path / "whole", steps=40)
+    kill_and_resume(tmp_path / "killed", 20, random.Random(1), steps=40)
+    ended(whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_run_that_died_before_its_first_checkpoint(uninterrupted, tmp_path):
