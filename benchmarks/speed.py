@@ -1,14 +1,15 @@
 """Seconds of a meta-step, and what share of the machine's matrix products they are worth.
 
-    python -m benchmarks.speed [--quick] [--cores 1 2] [--repeats N] [--out DIR]
+    python -m benchmarks.speed [--quick] [--only a:maml:1 ...] [--cores 1 2] [--one-device]
+        [--repeats N] [--cache DIR] [--out DIR]
 
-Three tables. Methods: seconds of a meta-step for several T, the first call's seconds apart (with an
-empty compilation cache and again with a warm one), and direct-convolution FLOP/s over the best
-sgemm measured in the same process. Chunks: the same meta-step with several `task_chunk`. Inner
-steps: K = 200 over K = 20. The programs are timed in turn, again and again; the median and the
-spread are printed. With several cores the tasks are spread over as many CPU devices, so that two
-tasks are worked on at once: XLA's own threads do not fill a second core. Writes speed.json and
-speed.png.
+Seconds of a meta-step for several T, one task at a time on each device; the first call's seconds
+apart (with an empty compilation cache and again with a warm one); direct-convolution FLOP/s over
+the best sgemm measured in the same process; memory_reduced at K = 200 over K = 20. The programs are
+timed in turn, again and again; the median and the spread are printed. With several cores the tasks
+are spread over as many CPU devices, so that two tasks are worked on at once; `--one-device` leaves
+the cores to XLA's own threads instead. `--cache` keeps compiled programs for the next call, which
+then has no empty cache to time. Writes speed.json and speed.png.
 """
 
 import argparse
@@ -33,14 +34,13 @@ METHODS = [
     *(("b32", "memory_reduced", steps) for steps in (20, 200)),
     ("b84", "memory_reduced", 20),
 ]
-QUICK = [("a", "maml", 1), ("b32", "memory_reduced", 20), ("b32", "memory_reduced", 200)]
-CHUNKED = [("a", "maml", 1), ("b32", "memory_reduced", 20)]
-CHUNKS = (1, 2, 4)
+NAMES = [":".join(map(str, run)) for run in METHODS]
+QUICK = ["a:maml:1", "b32:memory_reduced:20", "b32:memory_reduced:200"]
 TASKS = 8
 """Of the workloads b; the paper's 32 cost four times as much."""
 
 
-def prepared(workload: str, method: str, steps: int, chunk: int) -> tuple[Callable[[], None], Any]:
+def prepared(workload: str, method: str, steps: int) -> tuple[Callable[[], None], Any]:
     """A function that makes one meta-step, and the workload."""
     import jax
 
@@ -50,8 +50,7 @@ def prepared(workload: str, method: str, steps: int, chunk: int) -> tuple[Callab
     load = WORKLOADS[workload]._replace(tasks=4 if workload == "a" else TASKS)
     made = learner(load.network(), method, steps)
     mesh = devices.task_mesh(jax.devices()) if jax.device_count() > 1 else None
-    local = load.tasks // jax.device_count()
-    step = meta_step(made, min(chunk, local), mesh)
+    step = meta_step(made, 1, mesh)
     tasks = devices.place(mesh, jax.jit(load.batch)(), jax.sharding.PartitionSpec(devices.TASKS))
     kept = [step.init(made.init(jax.random.key(0)))]
 
@@ -98,9 +97,8 @@ def work(options: argparse.Namespace) -> None:
     """In a process of its own, bound to its cores: measure and print JSON."""
     import jax
 
-    chosen = QUICK if options.quick else METHODS
-    runs = [(*each, 1) for each in chosen]
-    runs += [(*each, chunk) for each in CHUNKED for chunk in CHUNKS[1:]]
+    names = options.only or (QUICK if options.quick else NAMES)
+    runs = [METHODS[NAMES.index(name)] for name in names]
     calls: dict[Any, Callable[[], Any]] = {"sgemm": sgemm()}
     first, loads = {}, {}
     for run in runs:
@@ -116,9 +114,9 @@ def work(options: argparse.Namespace) -> None:
     peak = 2 * 2048**3 / seconds["sgemm"].min()
     rows: list[Row] = []
     for run in runs:
-        workload, method, steps, chunk = run
+        workload, method, steps = run
         median = float(np.median(seconds[run]))
-        row: Row = {"workload": workload, "method": method, "T": steps, "chunk": chunk}
+        row: Row = {"workload": workload, "method": method, "T": steps}
         row |= {"s": median, "from": seconds[run].min(), "to": seconds[run].max()}
         row |= {"first call s": round(first[run], 2)}
         share = convolution_flops(loads[run]) / median / peak
@@ -128,9 +126,9 @@ def work(options: argparse.Namespace) -> None:
     print(json.dumps({"rows": rows, "sgemm GFLOP/s": peak / 1e9, "devices": jax.device_count()}))
 
 
-def in_process(arguments: list[str], cores: int, cache: Path) -> Any:
-    """Run `work` on so many cores, with as many CPU devices; what it printed last."""
-    flags = f"--xla_force_host_platform_device_count={cores}"
+def in_process(arguments: list[str], cores: int, devices: int, cache: Path) -> Any:
+    """Run `work` on so many cores, with so many CPU devices; what it printed last."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, "-m", "benchmarks.speed", *arguments, "--worker"]
     some = sorted(os.sched_getaffinity(0))[:cores]
@@ -149,9 +147,11 @@ def aims(found: dict[int, Any]) -> list[Row]:
     """The lines of `docs/performance.md` that this file measures."""
     lines = []
     for cores, each in found.items():
-        at = {(r["workload"], r["method"], r["T"], r["chunk"]): r for r in each["rows"]}
+        at = {(r["workload"], r["method"], r["T"]): r for r in each["rows"]}
+        if not {("b32", "memory_reduced", k) for k in (20, 200)} <= set(at):
+            continue
         name = f"{cores} core{'s' * (cores > 1)}"
-        short, long = (at["b32", "memory_reduced", k, 1] for k in (20, 200))
+        short, long = (at["b32", "memory_reduced", k] for k in (20, 200))
         ratio = long["s"] / short["s"]
         lines.append(
             aim(f"memory_reduced, K = 200 over 20, {name}", "≤ 1.05", ratio, ratio <= 1.05)
@@ -167,12 +167,12 @@ def picture(found: dict[int, Any], path: Path) -> None:
     """Bars: seconds of a meta-step, one colour a number of cores."""
     from matplotlib.figure import Figure
 
-    kinds = [r for r in next(iter(found.values()))["rows"] if r["chunk"] == 1]
+    kinds = next(iter(found.values()))["rows"]
     figure = Figure(figsize=(8, 0.3 * len(kinds) + 1.5), layout="constrained")
     axes = figure.subplots()
     places, height = np.arange(len(kinds)), 0.8 / len(found)
     for i, (cores, each) in enumerate(found.items()):
-        values = [r["s"] for r in each["rows"] if r["chunk"] == 1]
+        values = [r["s"] for r in each["rows"]]
         axes.barh(places + (i - (len(found) - 1) / 2) * height, values, height, label=f"{cores}")
     labels = [f"{r['workload']} {r['method']} T={r['T']}" for r in kinds]
     axes.set(yticks=places, yticklabels=labels, xlabel="seconds a meta-step")
@@ -188,6 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer methods")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="WORKLOAD:METHOD:T")
+    parser.add_argument("--one-device", action="store_true", help="whatever the number of cores")
+    parser.add_argument("--cache", type=Path, help="where compiled programs are kept")
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("build/speed"))
@@ -198,13 +201,18 @@ def main(arguments: list[str] | None = None) -> None:
         return work(options)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        cache = options.cache.absolute() if options.cache else Path(folder)
         for cores in options.cores:
-            cold = in_process([*arguments, "--first"], cores, Path(folder))
-            found[cores] = in_process(arguments, cores, Path(folder))
-            for row, each in zip(found[cores]["rows"], cold, strict=True):
+            devices = 1 if options.one_device else cores
+            cold = (
+                [] if options.cache else in_process([*arguments, "--first"], cores, devices, cache)
+            )
+            found[cores] = in_process(arguments, cores, devices, cache)
+            for row, each in zip(found[cores]["rows"], cold, strict=False):
                 row["without cache s"] = round(each[-1], 2)
             peak = found[cores]["sgemm GFLOP/s"]
-            show(f"{cores} cores, sgemm {peak:.0f} GFLOP/s", found[cores]["rows"])
+            title = f"{cores} cores, {devices} devices, sgemm {peak:.0f} GFLOP/s"
+            show(title, found[cores]["rows"])
     lines = aims(found)
     show("Aims", lines)
     write(options.out / "speed.json", {"cores": found, "aims": lines})
