@@ -24,7 +24,9 @@ def evolution_strategies(
     $$\hat\nabla F_i = \frac1m \sum_{j=1}^m
       \frac{F_i(\theta + \sigma u_j) - F_i(\theta - \sigma u_j)}{2\sigma}\, u_j$$
 
-    Unbiased for F smoothed over σ: its bias for F itself is O(σ²) by the third derivative.
+    Unbiased for F smoothed over σ: its bias for F itself is O(σ²) by the third derivative. A rate
+    that the inner solver takes from the curvature moves with θ here; estimators that differentiate
+    the steps hold it fixed.
 
     Args:
         directions: m, drawn from {−1, 1}^dim θ, the same for all tasks of a meta-step.

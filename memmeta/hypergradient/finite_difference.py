@@ -32,7 +32,8 @@ def finite_difference(
       \partial_\phi f_i \Big\rangle u_j$$
 
     Only the part of the gradient that goes through the inner loop is random, and no second
-    derivative is taken. Bias O(δ²).
+    derivative is taken. Bias O(δ²). A rate that the inner solver takes from the curvature moves
+    with θ here, as in `evolution_strategies`.
 
     Args:
         directions: m, drawn from {−1, 1}^dim θ, the same for all tasks of a meta-step.
