@@ -59,4 +59,5 @@ def accuracy(logits: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]) ->
     weights = present(targets)
     if trees.is_inexact(targets):
         targets = jnp.argmax(targets, axis=-1)
-    return weighted_mean((jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype), weights)
+    right = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
+    return weighted_mean(right.astype(logits.dtype), weights)
