@@ -45,18 +45,14 @@ class ConvBlock(nn.Module):
         sign = jnp.where(scale < 0, -1, 1).astype(scale.dtype)
         kernel, scale = (sign * kernel).astype(images.dtype), sign * scale
 
-        def convolved(images: Array) -> Array:
-            hidden = conv(images, kernel)
-            return with_even_sides(hidden) if self.round_up else hidden
-
         def pooled(hidden: Array, mean: Array, variance: Array) -> Array:
-            return nn.relu(normalise(max_pool(hidden), mean, variance, scale, bias))
+            largest = max_pool(with_even_sides(hidden) if self.round_up else hidden)
+            return nn.relu(normalise(largest, mean, variance, scale, bias))
 
-        repeats = self.round_up and any(side % 2 for side in images.shape[1:3])
-        if kernel[..., 0].size < self.filters and not repeats:
+        if kernel[..., 0].size < self.filters:
             statistics = convolution_statistics(images, kernel, weights)
-            return map_chunks(lambda some: pooled(convolved(some), *statistics), images)
-        hidden = convolved(images)
+            return map_chunks(lambda some: pooled(conv(some, kernel), *statistics), images)
+        hidden = conv(images, kernel)
         return pooled(hidden, *batch_statistics(hidden, weights))
 
 
