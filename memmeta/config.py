@@ -53,8 +53,8 @@ class Config:
     """Take from every image the mean of the training split's pixels, divide by their deviation."""
     width: int = 64
     """Filters in each convolution block."""
-    round_up: bool = True
-    """Pool the last row and column of images with an odd side too; most papers leave them out."""
+    round_down: bool = False
+    """Leave the last row of an odd number out of pooling, and column, as most papers do."""
     statistics: Statistics = "transductive"
     """Batch statistics: of support and query together, or of the support images alone."""
     inner_steps: int | None = None
@@ -179,7 +179,7 @@ class Config:
             self.ways,
             width=self.width,
             image_shape=tuple(dataset.inputs.shape[2:]),
-            round_up=self.round_up,
+            round_up=not self.round_down,
             head_scale=1.0,  # read only by methods that learn the head's start
         )
         known = inspect.signature(method).parameters
