@@ -1,6 +1,6 @@
 """Seconds of a meta-step against the tasks worked on at once: what `task_chunk="auto"` rests on.
 
-    python -m benchmarks.chunks [--quick] [--repeats N] [--out DIR]
+    python -m benchmarks.chunks [--quick] [--repeats N] [--cpu-time] [--out DIR]
 
 A convolutional network's tasks (Omniglot's shapes, 8 a meta-step) and a small dense one's (64 a
 meta-step, 10 examples of 4 numbers) with several `task_chunk`, timed in turn; the median, and
@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="memory_reduced alone")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process's own")
     parser.add_argument("--out", type=Path, default=Path("build/chunks"))
     options = parser.parse_args(arguments)
     cases = [case for case in CASES if not options.quick or "memory_reduced" in case]
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     calls = {run: one for run, (one, _) in made.items()}
     for call in calls.values():
         call()
-    seconds = in_turn(calls, options.repeats)
+    seconds = in_turn(calls, options.repeats, options.cpu_time)
     rows: list[Row] = []
     for case in cases:
         chunks = CASES[case][3]

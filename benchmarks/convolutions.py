@@ -1,6 +1,7 @@
 """What the convolutions of a Conv4 reach, layer by layer, of the machine's matrix products.
 
-    python -m benchmarks.convolutions [--workload a] [--cores 1] [--repeats N] [--out DIR]
+    python -m benchmarks.convolutions [--workload a] [--cores 1] [--repeats N]
+        [--cpu-time] [--out DIR]
 
 For each block of a workload's network on one task's images: GFLOP/s of the forward convolution, of
 the kernel's gradient and of the images' gradient by the form this platform takes, beside the best
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workload", choices=("a", "b32", "b84"), default="a")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process's own")
     parser.add_argument("--out", type=Path, default=Path("build/convolutions"))
     options = parser.parse_args(arguments)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
@@ -86,7 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
         calls |= {(layer, name): call for name, call in prepared(load.images, layer).items()}
     for call in calls.values():
         call()
-    seconds = {name: float(np.min(each)) for name, each in in_turn(calls, options.repeats).items()}
+    seconds = {
+        name: float(np.min(each))
+        for name, each in in_turn(calls, options.repeats, options.cpu_time).items()
+    }
     peak = 2 * 2048**3 / seconds["sgemm"]
     rows: list[Row] = []
     for layer in layers(load):

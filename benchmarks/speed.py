@@ -1,7 +1,7 @@
 """Seconds of a meta-step, and what share of the machine's matrix products they are worth.
 
     python -m benchmarks.speed [--quick] [--only a:maml:1 ...] [--cores 1 2] [--one-device]
-        [--repeats N] [--cache DIR] [--out DIR]
+        [--repeats N] [--cpu-time] [--cache DIR] [--out DIR]
 
 Seconds of a meta-step for several T, one task at a time on each device; the first call's seconds
 apart (with an empty compilation cache and again with a warm one); direct-convolution FLOP/s over
@@ -9,7 +9,8 @@ the best sgemm measured in the same process; memory_reduced at K = 200 over K = 
 timed in turn, again and again; the median and the spread are printed. With several cores the tasks
 are spread over as many CPU devices, so that two tasks are worked on at once; `--one-device` leaves
 the cores to XLA's own threads instead. `--cache` keeps compiled programs for the next call, which
-then has no empty cache to time. Writes speed.json and speed.png.
+then has no empty cache to time. `--cpu-time`, for one core of a machine that does other work too,
+counts the process's own CPU seconds. Writes speed.json and speed.png.
 """
 
 import argparse
@@ -61,14 +62,24 @@ def prepared(workload: str, method: str, steps: int) -> tuple[Callable[[], None]
     return one, load
 
 
-def in_turn(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, np.ndarray]:
-    """Seconds of each call, measured round by round."""
+def in_turn(
+    calls: dict[Any, Callable[[], Any]], repeats: int, cpu_time: bool = False
+) -> dict[Any, np.ndarray]:
+    """Seconds of each call, measured round by round.
+
+    Args:
+        calls: by name.
+        repeats: rounds.
+        cpu_time: this process's CPU seconds, which on one core are seconds less what other
+            processes took of it.
+    """
+    clock = time.process_time if cpu_time else time.perf_counter
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             call()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: np.array(each) for name, each in seconds.items()}
 
 
@@ -110,7 +121,7 @@ def work(options: argparse.Namespace) -> None:
         print(json.dumps([[*run, first[run]] for run in runs]))
         return
     calls["sgemm"]()
-    seconds = in_turn(calls, options.repeats)
+    seconds = in_turn(calls, options.repeats, options.cpu_time)
     peak = 2 * 2048**3 / seconds["sgemm"].min()
     rows: list[Row] = []
     for run in runs:
@@ -190,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer methods")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="WORKLOAD:METHOD:T")
     parser.add_argument("--one-device", action="store_true", help="whatever the number of cores")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process's own")
     parser.add_argument("--cache", type=Path, help="where compiled programs are kept")
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=7)

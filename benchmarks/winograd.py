@@ -1,6 +1,7 @@
 """Winograd's convolution beside the direct one: a form that was tried and is not taken.
 
-    python -m benchmarks.winograd [--size 14] [--images 80] [--cores 1] [--repeats N] [--out DIR]
+    python -m benchmarks.winograd [--size 14] [--images 80] [--cores 1] [--repeats N]
+        [--cpu-time] [--out DIR]
 
 A 3x3 convolution of 64 channels to 64 filters on tiles of 2x2 positions: the images' tiles and the
 kernel are transformed, multiplied entry by entry of a tile (16 matrix products in the place of 36
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=80)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of the process's own")
     parser.add_argument("--out", type=Path, default=Path("build/winograd"))
     options = parser.parse_args(arguments)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     def call(run: tuple[str, str, str]) -> Callable[[], Any]:
         return lambda: jax.block_until_ready(programs[run](images, direct[run[2]][1]))
 
-    seconds = in_turn({run: call(run) for run in programs}, options.repeats)
+    seconds = in_turn({run: call(run) for run in programs}, options.repeats, options.cpu_time)
     rows: list[Row] = []
     for form, how in dict.fromkeys(run[:2] for run in programs):
         row: Row = {"form": form, "": how}
