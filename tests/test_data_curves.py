@@ -99,6 +99,15 @@ def test_no_station_is_in_two_splits(constants):
     assert (archive.ARCHIVES / "tides.npz").stat().st_size < 200_000
 
 
+def test_training_stations_are_of_the_atlantic_and_test_stations_of_the_pacific(constants):
+    """By NOAA's numbers: 8 is the Atlantic and Gulf coast, 94 the Pacific coast and Alaska."""
+    test = constants["split"] == "test"
+    assert not test[constants["station"] // 1_000_000 == 8].any()
+    assert test[constants["station"] // 100_000 == 94].all()
+    assert (constants["station"][test] // 100_000 == 94).mean() > 0.9
+    assert (constants["station"][~test] // 1_000_000 == 8).mean() > 0.9
+
+
 def test_speeds_of_compound_tides_are_sums(constants):
     speed = dict(zip(constants["constituent_names"].tolist(), constants["speed"], strict=True))
     assert len(speed) == 37
