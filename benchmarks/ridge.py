@@ -1,11 +1,10 @@
-"""What happens without strong convexity, and with a fixed inner rate, on real glyph features.
+"""What happens without strong convexity, on real glyph features.
 
     python -m benchmarks.ridge [--steps N] [--width W] [--out DIR]
 
 First table: the linear system of the head at a random network, for several ridges. Second table:
 short meta-training with gradient descent and with Adam outside, for ridge 0 (as released) and
-ridge 0.1. Third: a fixed inner rate against the default as the features' scale grows, which is what
-meta-training does to them.
+ridge 0.1.
 """
 
 import argparse
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
@@ -30,7 +28,6 @@ from memmeta.lanczos import extreme_eigenvalues
 from memmeta.linear_solve import cg
 
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
-SCALES = (0.5, 1.0, 2.0, 4.0)
 TASKS = 4
 
 
@@ -89,32 +86,6 @@ def training(network: Any, ridge: float, outer: str, steps: int) -> dict[str, An
     }
 
 
-def rates(network: Any, theta: Any, tasks: Any) -> list[dict[str, float]]:
-    """‖∇_φ g‖ after 50 inner steps on features multiplied by a scale, for two inner loops."""
-    problem = head_problem(network, 0.01, learn_start=False)
-    loops = {
-        "fixed rate 0.5": mm.InnerLoop(optax.sgd(0.5), steps=50),
-        "default": mm.InnerLoop(steps=50),
-    }
-
-    def one(task: Any, scale: Array) -> dict[str, Array]:
-        context = problem.embed(theta, task)
-        context = context._replace(support_features=scale * context.support_features)
-        start = problem.init(theta)
-        ends = {name: loop(problem, start, context) for name, loop in loops.items()}
-        gradient = jax.grad(problem.inner_loss)
-        lengths = {name: trees.norm(gradient(p, context)) for name, p in ends.items()}
-        assert problem.smoothness is not None
-        return {"2/L": 2 / problem.smoothness(context), **lengths}
-
-    found = jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))(tasks, jnp.array(SCALES))
-    medians = {name: np.median(x, axis=1) for name, x in found.items()}
-    return [
-        {"features ×": scale, **{name: float(x[i]) for name, x in medians.items()}}
-        for i, scale in enumerate(SCALES)
-    ]
-
-
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """A table, one line a row."""
     names = list(rows[0])
@@ -127,7 +98,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the three tables and write ridge.json."""
+    """Print both tables and write ridge.json."""
     parser = argparse.ArgumentParser(description="Ridge 0 against ridge > 0 on glyph features.")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--width", type=int, default=8)
@@ -143,7 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
         show(title, rows)
 
     add("The head's linear system", [system(network, theta, tasks, r) for r in RIDGES])
-    add("Inner gradient after 50 steps", rates(network, theta, tasks))
     runs = [(outer, ridge) for outer in ("SGD", "Adam") for ridge in (0.0, 0.1)]
     trained = [training(network, ridge, outer, options.steps) for outer, ridge in runs]
     add(f"Meta-training, {options.steps} steps", trained)
