@@ -117,15 +117,18 @@ def main(arguments: list[str] | None = None) -> None:
     add("--seconds", type=float, default=None, help="of training; None: those of the setting")
     add("--split", choices=("validation", "test"), default="test")
     add("--quick", action="store_true", help="three meta-steps of a small network")
+    add("--table", action="store_true", help="run nothing, show what is finished")
     add("--out", type=Path, default=Path("build/accuracy"))
     options = parser.parse_args(arguments)
     path = options.out / "accuracy.jsonl"
     try:
-        for job in jobs(options):
+        for job in jobs(options) if not options.table else []:
             run(job, options.seeds, options.data_dir, path)
     except (DataError, ValueError) as error:
         sys.exit(f"accuracy: {error}")
     records = accuracy_table.read(path)
+    if not records:
+        sys.exit(f"accuracy: {path} holds no finished result yet")
     print(accuracy_table.table(records))
     accuracy_table.picture(records, options.out / "accuracy.png")
     print(f"\nlines and picture in {options.out}")

@@ -47,6 +47,9 @@ def test_curves_from_the_command_to_the_table_and_not_run_again(tmp_path, monkey
     assert asked_for == [("anil", [1], 3)]
     assert quick(tmp_path, *asked, "0", "1") == first
     assert len(asked_for) == 1
+    assert quick(tmp_path, "--table") == first
+    with pytest.raises(SystemExit, match="holds no finished result yet"):
+        quick(tmp_path / "elsewhere", "--table")
 
 
 def test_classes_at_both_statistics_and_both_numbers_of_steps(monkeypatch):
