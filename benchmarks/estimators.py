@@ -1,6 +1,7 @@
 """Every hypergradient estimator on the same two problems: error, seconds, memory.
 
-    python -m benchmarks.estimators [--quick] [--only NAME ...] [--problem NAME] [--out DIR]
+    python -m benchmarks.estimators [--quick] [--only NAME ...] [--problem NAME] [--steps T ...]
+        [--out DIR]
 
 For each number T of inner steps (gradient descent at 1/L): the error against the exact
 hypergradient of the inner solution, relative to its length; seconds of one hypergradient of 4
@@ -196,9 +197,10 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--quick", action="store_true", help="two T, one round, little optimised")
     parser.add_argument("--only", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
     parser.add_argument("--problem", choices=PROBLEMS, help="this one alone")
+    parser.add_argument("--steps", nargs="+", type=int, help="numbers T of inner steps")
     parser.add_argument("--out", type=Path, default=Path("build/estimators"))
     options = parser.parse_args(arguments)
-    counts = QUICK_STEPS if options.quick else STEPS
+    counts = tuple(options.steps or (QUICK_STEPS if options.quick else STEPS))
     options.out.mkdir(parents=True, exist_ok=True)
     kept, found = options.out / "estimators.json", {}
     if options.problem and kept.exists():
