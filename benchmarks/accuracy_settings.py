@@ -3,10 +3,11 @@ r"""What `benchmarks.accuracy` runs: settings, their sizes, and each method's pr
 "tuned": ours: the library's defaults, and for regression inner loops and ridges of their own, set
 by hand and not searched for. "authors": as the authors of "Memory-Reduced Meta-Learning with
 Guaranteed Convergence" (AAAI 2025) ran their method and, as far as is known here, their baselines;
-the baselines' rate of Adam is taken to be that of the method.
+the baselines' rate of Adam is taken to be that of the method. "same_inner": ANIL and ITD-BiO with
+the steps and the ridge of memory_reduced, so that the estimator alone is compared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,7 +21,7 @@ from memmeta.data import Dataset, Split
 from memmeta.few_shot import Statistics
 from memmeta.models import conv4, mlp
 
-Preset: TypeAlias = Literal["tuned", "authors"]
+Preset: TypeAlias = Literal["tuned", "authors", "same_inner"]
 CURVES = ("tides", "sinusoid")
 
 
@@ -171,15 +172,37 @@ def authors(setting: Setting, method: Name) -> Recipe:
     return recipes[method]
 
 
+def same_inner(setting: Setting, method: Name) -> Recipe:
+    """The inner loop and the ridge that memory_reduced has by default.
+
+    Raises:
+        ValueError: the method is none that differentiates the steps of a head.
+    """
+    if method not in ("anil", "itd_bio") or setting.curves:
+        raise ValueError(
+            f"preset: same_inner is for anil and itd_bio on classes, found {method} on "
+            f"{setting.data}; use the preset 'tuned'."
+        )
+    return Recipe(inner=mm.InnerLoop(steps=50), options={"ridge": 0.1})
+
+
+RECIPES: dict[Preset, Callable[[Setting, Name], Recipe]] = {
+    "tuned": tuned,
+    "authors": authors,
+    "same_inner": same_inner,
+}
+
+
 def recipe_of(preset: Preset, setting: Setting, method: Name) -> Recipe:
-    """A method's recipe; raises as `authors` does."""
-    return (tuned if preset == "tuned" else authors)(setting, method)
+    """A method's recipe; raises as `authors` and `same_inner` do."""
+    return RECIPES[preset](setting, method)
 
 
 def methods_of(setting: Setting, preset: Preset = "tuned") -> list[Name]:
     """The methods that make sense."""
-    if preset == "authors":
-        return ["memory_reduced", "maml", "anil", "itd_bio"]
+    if preset != "tuned":
+        baselines: list[Name] = ["anil", "itd_bio"]
+        return ["memory_reduced", "maml", *baselines] if preset == "authors" else baselines
     return [name for name in METHODS if not (setting.curves and name in regression.WITHOUT)]
 
 

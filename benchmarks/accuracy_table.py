@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy_runs import BASELINE, STATISTICS, Record
 from benchmarks.accuracy_settings import PUBLISHED, Setting
 
+KINDS = {"tuned": "", "authors": ", as the authors ran it", "same_inner": ", same inner loop"}
 IDENTITY = ("data", "ways", "shots", "method", "preset", "split", "seed", "sizes")
 
 
@@ -114,7 +115,7 @@ def _one_table(setting: Setting, records: Sequence[Record]) -> str:
 def _row(setting: Setting, group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
     first = group[0]
     method, preset = first["method"], first["preset"]
-    cells = [method if preset == "tuned" else f"{method}, as its authors"]
+    cells = [method + KINDS[preset]]
     scale = 1.0 if setting.curves else 100.0
     for kind in kinds:
         by_steps = [list(record["figures"][kind].values()) for record in group]
@@ -153,8 +154,7 @@ def _panel(panel: Any, setting: Setting, records: Sequence[Record]) -> None:
     scale = 1.0 if setting.curves else 100.0
     names = []
     for height, group in enumerate(by_best):
-        authors = group[0]["preset"] != "tuned"
-        names.append(group[0]["method"] + ", as its authors" * authors)
+        names.append(group[0]["method"] + KINDS[group[0]["preset"]])
         for kind, colour in zip(STATISTICS, ("tab:blue", "tab:orange"), strict=True):
             for seed, record in enumerate(group):
                 if kind not in record["figures"]:

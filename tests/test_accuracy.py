@@ -139,7 +139,7 @@ def test_table_from_lines_alone(tmp_path):
     table = accuracy_table.table(accuracy_table.read(path))
     rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
-    assert names == ["maml, as its authors", "maml", "imaml"]  # the best first
+    assert names == ["maml, as the authors ran it", "maml", "imaml"]  # the best first
     assert "| 51.0 ± 1.0 (50.0 to 52.0) | – |" in rows[2]
     assert "| 0 | 7 | 2.0 | 3.0 | 2 | 99.2 to 99.5" in rows[2]
     path.write_text("{}\nno json\n{}\n")
@@ -159,6 +159,8 @@ def test_presets_of_the_authors_are_theirs_alone(capsys):
     assert accuracy_settings.sizes_of(Setting("mini_imagenet", 5, 5)).width == 32
     with pytest.raises(SystemExit, match=r"authors ran memory_reduced, maml, .*found r2d2"):
         accuracy.main(["--data", "glyphs", "--preset", "authors", "--method", "r2d2"])
+    with pytest.raises(SystemExit, match=r"same_inner is for anil and itd_bio on classes"):
+        accuracy.main(["--data", "tides", "--preset", "same_inner"])
     with pytest.raises(SystemExit, match="unknown data set 'glyfs'"):
         accuracy.main(["--data", "glyfs", "--method", "maml", "--quick"])
 
