@@ -3,15 +3,18 @@
     python -m benchmarks.regress [--update] [--out DIR]
 
 For some methods on a small workload: bytes of temporary buffers and FLOPs of the compiled meta-step
-as its compiler counts them (a loop's body once), convolutions made in a meta-step, forwards and
-backwards (a loop's body as often as it runs), and compilations in three calls. Compared with
-`regress.json` beside this file; ends with an error when one has grown by more than 1 %. `--update`
-writes what was found there instead, for a change that is meant to cost more (or less).
+as its compiler counts them (a loop's body once), convolutions and passes through the network made
+in a meta-step, forwards and backwards (a loop's body as often as it runs), and compilations in
+three calls. Compared with `regress.json` beside this file; ends with an error when one has grown by
+more than 1 %. `--update` writes what was found there instead, for a change that is meant to cost
+more (or less).
 """
 
 import argparse
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +23,34 @@ from jax.extend.core import jaxprs_in_params
 
 from benchmarks.tables import Row, show, write
 from benchmarks.workloads import Workload, compiled_step, learner, meta_step, supervised, temporary
+from memmeta.models import Network
 
 LIMITS = Path(__file__).with_suffix(".json")
 SMALL = Workload(tasks=2, ways=3, queries=4, image_shape=(8, 8, 1), width=8, depth=2)
 STEPS = 3
-METHODS = ("memory_reduced", "imaml", "maml")
+COMPILED = ("memory_reduced", "imaml", "maml")
+TRACED = ("anil", "itd_bio", "fomaml")
+"""Of these only what can be counted without compiling."""
 ROOM = 1.01
 CONVOLUTIONS = ("memmeta_convolution", "memmeta_kernel_gradient")
+BODY = "network_body"
 
 
-def counts(method: str) -> dict[str, float]:
-    """All counts of one method."""
-    made = learner(SMALL.network(), method, STEPS)
-    step = meta_step(made, 1)
+def traced(method: str) -> dict[str, float]:
+    """What a method's program makes, as it was written."""
+    step = meta_step(made := learner(with_named_body(SMALL.network()), method, STEPS), 1)
+    state = jax.eval_shape(lambda: step.init(made.init(jax.random.key(0))))
+    program = jax.make_jaxpr(step.update)(state, SMALL.shapes()).jaxpr
+    return {
+        "convolutions": made_by(program, is_convolution),
+        "passes": made_by(program, is_pass),
+    }
+
+
+def compiled(method: str) -> dict[str, float]:
+    """What the compiler makes of it."""
+    step = meta_step(made := learner(SMALL.network(), method, STEPS), 1)
     state, tasks = step.init(made.init(jax.random.key(0))), jax.jit(SMALL.batch)()
-    convolutions = made_by(jax.make_jaxpr(step.update)(state, tasks).jaxpr)
     program = compiled_step(made, SMALL, chunk=1)
     for _ in range(3):
         state, _ = step(state, tasks)
@@ -42,7 +58,6 @@ def counts(method: str) -> dict[str, float]:
     return {
         "bytes": round(temporary(program) * 1e6),
         "FLOPs": flops(program),
-        "convolutions": convolutions,
         "compilations": called._cache_size(),
     }
 
@@ -53,14 +68,33 @@ def flops(program: jax.stages.Compiled) -> float:
     return float(analysis["flops"])
 
 
-def made_by(jaxpr: Any) -> int:
-    """How many convolutions a program makes; inner loops of unknown length make `STEPS` rounds."""
+def with_named_body(network: Network) -> Network:
+    """The same network, whose passes can be told in a traced program."""
+
+    def network_body(*arguments: Any) -> Any:
+        return network.body(*arguments)
+
+    assert network_body.__name__ == BODY
+    return replace(network, body=jax.jit(network_body))
+
+
+def is_convolution(equation: Any) -> bool:
+    """Whether an equation of a traced program makes a convolution or a kernel's gradient."""
+    return equation.primitive.name in CONVOLUTIONS
+
+
+def is_pass(equation: Any) -> bool:
+    """Whether it goes once through the network's body: forwards, along a tangent, or backwards."""
+    return BODY in str(equation.params.get("name"))
+
+
+def made_by(jaxpr: Any, counts: Callable[[Any], bool]) -> int:
+    """How many such equations a program runs; loops of unknown length make `STEPS` rounds."""
     total = 0
     for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        rounds = {"scan": equation.params.get("length"), "while": STEPS}.get(name) or 1
-        inside = sum(made_by(each) for each in jaxprs_in_params(equation.params))
-        total += rounds * inside + (name in CONVOLUTIONS)
+        rounds = {"scan": equation.params.get("length"), "while": STEPS}
+        inside = sum(made_by(each, counts) for each in jaxprs_in_params(equation.params))
+        total += (rounds.get(equation.primitive.name) or 1) * inside + counts(equation)
     return total
 
 
@@ -88,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Fast compilation: buffers and counts are decided before machine code is made.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-    found = {method: counts(method) for method in METHODS}
+    found = {method: traced(method) for method in (*COMPILED, *TRACED)}
+    for method in COMPILED:
+        found[method] |= compiled(method)
     floor = supervised(SMALL.network(), SMALL._replace(tasks=1))
     found["supervised gradient"] = {
         "bytes": round(temporary(floor) * 1e6),

@@ -6,10 +6,11 @@ import numpy as np
 from problems import quadratic_example
 
 import memmeta as mm
-from benchmarks.regress import grown, made_by
+from benchmarks.regress import grown, is_convolution, is_pass, made_by, with_named_body
 from benchmarks.speed import convolution_flops
 from benchmarks.workloads import Workload
 from memmeta.hypergradient import implicit
+from memmeta.models import mlp
 from memmeta.models.convolution import conv
 
 
@@ -25,9 +26,20 @@ def test_convolutions_are_counted_as_often_as_loops_run():
     def looped(kernel):
         return jax.lax.scan(lambda x, _: (conv(x, kernel), None), images, length=5)[0].sum()
 
-    assert made_by(jax.make_jaxpr(looped)(kernel).jaxpr) == 5
+    assert made_by(jax.make_jaxpr(looped)(kernel).jaxpr, is_convolution) == 5
     # backwards: one for the kernel and one for the images each
-    assert made_by(jax.make_jaxpr(jax.grad(looped))(kernel).jaxpr) == 15
+    assert made_by(jax.make_jaxpr(jax.grad(looped))(kernel).jaxpr, is_convolution) == 15
+
+
+def test_passes_through_the_network_are_counted_forwards_and_backwards():
+    network = with_named_body(mlp(2, (4,), (3,)))
+    params = network.init(jax.random.key(0))["body"]
+
+    def loss(params):
+        return network.body(params, jnp.ones((5, 3)), jnp.ones(5)).sum()
+
+    assert made_by(jax.make_jaxpr(loss)(params).jaxpr, is_pass) == 1
+    assert made_by(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, is_pass) == 2
 
 
 def test_convolution_flops_closed_form():
