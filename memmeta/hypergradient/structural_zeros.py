@@ -7,7 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 from memmeta import trees
-from memmeta.inner import InnerLoop
+from memmeta.inner import InnerLoop, widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem
 
 Seen: TypeAlias = Callable[[Problem, InnerLoop, Params, Context], PyTree]
@@ -22,8 +22,10 @@ def losses_seen(problem: Problem, inner: InnerLoop, start: Params, context: Cont
 
 def steps_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
     """What a truncated loop differentiates: both losses and a step, at a point held fixed."""
-    state = jax.lax.stop_gradient(inner.start(problem, start, context))
-    return losses_seen(problem, inner, start, context), inner.advance(problem, state, context, 1)
+    wide_problem, wide, _ = widened(problem, start)
+    state = jax.lax.stop_gradient(inner.start(wide_problem, wide, context))
+    step = inner.advance(wide_problem, state, context, 1)
+    return losses_seen(problem, inner, start, context), step
 
 
 def ends_seen(problem: Problem, inner: InnerLoop, start: Params, context: Context) -> PyTree:
