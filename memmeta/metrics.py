@@ -20,7 +20,7 @@ class Counts(NamedTuple):
 
     Attributes:
         masked: left out of every average, because something about them was not finite.
-        diverging: inner loops that ended on a slope steeper than `STEEP`.
+        diverging: inner loops of a step or more that ended on a slope steeper than `STEEP`.
         indefinite: tasks whose inner Hessian has a direction without positive curvature, so that φ̂
             is no strict minimum and the implicit function theorem does not hold.
         exploding: updates left out, because the meta-gradient was not finite or far longer than
@@ -118,6 +118,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
         return jnp.sum(condition).astype(_wide(tasks.loss))
 
     curvature = tasks.report.smallest_curvature
+    steep = (tasks.report.inner_steps > 0) & ~(tasks.report.inner_gradient_norm <= STEEP)
     smallest = jnp.min(shown(curvature, jnp.inf))
     own = jnp.arange(devices, dtype=device.dtype) == device
     return Sums(
@@ -129,7 +130,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
         smallest=jnp.where(own, smallest, 0),
         counts=(
             number(~tasks.usable),
-            number(tasks.usable & ~(tasks.report.inner_gradient_norm <= STEEP)),
+            number(tasks.usable & steep),
             number(tasks.usable & (curvature <= 0)),
         ),
     )

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from test_faults import TINY, final_state, lines, start_with, wait_for_lines
+from test_faults import QUICK, TINY, final_state, lines, start_with, wait_for_lines
 
 from memmeta import checkpoints, processes
 from memmeta.__main__ import main
@@ -23,12 +23,12 @@ def assert_close(first, second):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     path = tmp_path_factory.mktemp("processes") / "alone"
-    assert main(["train", "--run", str(path), *TINY, "--meta-steps=4", "--devices=1"]) == 0
+    assert main(["train", "--run", str(path), *TINY, *QUICK, "--meta-steps=4", "--devices=1"]) == 0
     return path
 
 
 def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
-    process = start_with(tmp_path / "two", *TINY, "--meta-steps=4", "--processes=2")
+    process = start_with(tmp_path / "two", *TINY, *QUICK, "--meta-steps=4", "--processes=2")
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert_close(alone, tmp_path / "two")
@@ -39,7 +39,7 @@ def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
 def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
     steps = "--meta-steps=3000"
     path = tmp_path / "died"
-    process = start_with(path, *TINY, steps, "--processes=2")
+    process = start_with(path, *TINY, *QUICK, steps, "--processes=2")
     wait_for_lines(path, process, 3)
     children = children_of(process.pid)
     os.kill(children[-1], signal.SIGKILL)
@@ -58,7 +58,7 @@ def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_two_processes(tmp_path):
     path = tmp_path / "stopped"
-    process = start_with(path, *TINY, "--meta-steps=3000", "--processes=2")
+    process = start_with(path, *TINY, *QUICK, "--meta-steps=3000", "--processes=2")
     wait_for_lines(path, process, 3)
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
