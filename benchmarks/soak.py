@@ -45,8 +45,8 @@ STEADY = 0.2
 GROWTH = 4.0
 """Megabytes that the allocator's own comings and goings are given."""
 LEFT = 0.1
-"""Megabytes a checkpoint may leave: at each save orbax reads tensorstore's counters, and tensorstore
-(0.1.86) never frees the lists they come in."""
+"""Megabytes a checkpoint may leave: at each save orbax reads tensorstore's counters, whose lists
+tensorstore (0.1.86) never frees."""
 
 
 class Watch:
