@@ -141,10 +141,10 @@ def picture(records: Sequence[Record], path: Path) -> None:
     columns = min(2, len(settings))
     rows = -(-len(settings) // columns)
     figure = Figure(figsize=(7 * columns, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for setting, panel in zip(settings, panels, strict=False):
         _panel(panel, setting, [r for r in records if setting_of(r) == setting])
-    for panel in list(panels)[len(settings) :]:
+    for panel in panels[len(settings) :]:
         panel.set_visible(False)
     figure.savefig(path, dpi=110)
 
