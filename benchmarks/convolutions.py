@@ -99,8 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
         work = 2 * load.images * height * width * 9 * channels * filters
         row: Row = {"layer": f"{height}x{width}x{channels} -> {filters}", "GFLOP": work / 1e9}
         for name in ("forward", "kernel's gradient", "images' gradient"):
-            if name != "images' gradient" or channels == filters:
-                row[name] = f"{work / seconds[layer, name] / 1e9:.0f}"
+            wanted = name != "images' gradient" or channels == filters
+            row[name] = f"{work / seconds[layer, name] / 1e9:.0f}" if wanted else ""
         row["block, ms"] = round(1e3 * seconds[layer, "block"], 2)
         rows.append(row)
     title = f"GFLOP/s, {load.images} images, {options.cores} cores, sgemm {peak / 1e9:.0f}"
