@@ -1,7 +1,5 @@
 """The rigorous bound is never below the true error, however early everything stopped."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +111,7 @@ def with_constants(squared):
 
 @pytest.mark.parametrize("squared", [False, True])
 def test_bound_on_random_heads(x64, squared):
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     @jax.vmap
     def run(key):
         keys = jax.random.split(key, 4)
@@ -156,7 +154,7 @@ def square(params):
 def test_bound_on_random_quadratics(x64):
     """g = ½ φᵀAφ − φᵀBc, f = ½ φᵀQφ − tᵀφ + φᵀPc: every constant is exact."""
 
-    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     @jax.vmap
     def run(key):
         keys = jax.random.split(key, 9)

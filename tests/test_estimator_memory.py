@@ -14,7 +14,6 @@ from problems import (
     quadratic_problem,
     quadratic_tasks,
 )
-from quickly import quick
 
 import memmeta as mm
 from memmeta.hypergradient import ESTIMATORS
@@ -29,7 +28,7 @@ def bytes_used(estimator, example, steps):
         found = estimator(example.problem, inner, *arguments)
         return found.gradient, found.report
 
-    compiled = quick(call).lower(example.theta, example.tasks).compile()
+    compiled = jax.jit(call).lower(example.theta, example.tasks).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

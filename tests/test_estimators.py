@@ -17,7 +17,6 @@ from problems import (
     proximal_example,
     unrolled_hypergradient,
 )
-from quickly import quick
 
 import memmeta as mm
 from memmeta.hypergradient import ESTIMATORS
@@ -47,7 +46,7 @@ def call(estimator, example, inner):
 @functools.cache
 def compiled(name, problem):
     """One program of an estimator and a problem, for all tests; jit compiles it once per dtype."""
-    return quick(call(ESTIMATORS[name].make(), EXAMPLES[problem](TASKS), inner_for(name)))
+    return jax.jit(call(ESTIMATORS[name].make(), EXAMPLES[problem](TASKS), inner_for(name)))
 
 
 def run(name, problem, example=None, weights=(1.0,) * TASKS, key=KEY):
@@ -60,7 +59,7 @@ def run_once(estimator, example, inner):
     """The same for an estimator, a problem or a loop that no other test runs."""
     weights = jnp.ones(len(jax.tree.leaves(example.tasks)[0]), jnp.float32)
     arguments = (example.theta, example.tasks, weights, jax.random.key(KEY))
-    return quick(call(estimator, example, inner))(*arguments)
+    return jax.jit(call(estimator, example, inner))(*arguments)
 
 
 def relative_error(found, exact):
@@ -74,9 +73,9 @@ def reference(problem, aim):
     with jax.enable_x64(True):
         example = EXAMPLES[problem](TASKS)
         if aim == "solution":
-            exact = quick(lambda t: exact_hypergradient(example._replace(theta=t)))
+            exact = jax.jit(lambda t: exact_hypergradient(example._replace(theta=t)))
         else:
-            exact = quick(lambda t: unrolled_hypergradient(example._replace(theta=t), STEPS))
+            exact = jax.jit(lambda t: unrolled_hypergradient(example._replace(theta=t), STEPS))
         return jax.tree.map(np.asarray, exact(example.theta))
 
 
@@ -167,7 +166,7 @@ def test_error_estimates_follow_the_true_error(name, x64):
 
 @functools.cache
 def proximal_solution():
-    return quick(lambda t: exact_hypergradient(proximal_example(1)._replace(theta=t)))(
+    return jax.jit(lambda t: exact_hypergradient(proximal_example(1)._replace(theta=t)))(
         proximal_example(1).theta
     )
 
@@ -189,7 +188,7 @@ def test_error_estimates_in_sample_space(aim, x64):
     example = base._replace(problem=problem, theta=theta)
     found = run_once(H.sample_space(aim), example, mm.InnerLoop(mm.gradient_descent(), steps=15))
     check_error_estimate(
-        found, quick(lambda t: exact_hypergradient(example._replace(theta=t)))(theta)
+        found, jax.jit(lambda t: exact_hypergradient(example._replace(theta=t)))(theta)
     )
 
 
@@ -249,7 +248,7 @@ def check_chunks_and_vmap(name):
             lambda x: jnp.sum(x, axis=0), jax.lax.map(lambda h: one(h).gradient, halves)
         )
 
-    found = quick(jax.vmap(in_halves))(thetas)
+    found = jax.jit(jax.vmap(in_halves))(thetas)
     # differences of nearly equal numbers amplify rounding by 1/δ
     allowed = 1e-8 if ESTIMATORS[name].error else 1e-11
     for i in range(2):
@@ -308,7 +307,7 @@ def test_every_inner_solver_is_differentiated(solver, x64):
     """By mixed mode and forward: two ways to the same."""
     inner, example = mm.InnerLoop(SOLVERS[solver], steps=3), logistic_example(tasks=1)
 
-    @quick
+    @jax.jit
     def all_ways(theta):
         names = ("forward_mode", "mixed_mode")
         arguments = (theta, example.tasks, jnp.ones(1), jax.random.key(KEY))
@@ -335,7 +334,7 @@ def test_sample_space_makes_the_steps_of_feature_space(solver, x64):
     assert relative_error(found.gradient, exact.gradient) < 1e-10
     np.testing.assert_allclose(found.loss, exact.loss, rtol=1e-12)
     one_more = dataclasses.replace(inner, steps=5)  # its last step is made from where four end
-    later = quick(lambda p, c: one_more.run(problem, p, c).gradient_norm)
+    later = jax.jit(lambda p, c: one_more.run(problem, p, c).gradient_norm)
     task = jax.tree.map(lambda x: x[0], example.tasks)
     if solver == "sgd":  # the accelerated one steps from a point ahead
         length = later(head, problem.embed(example.theta, task))
@@ -361,7 +360,7 @@ def test_own_estimators_are_what_they_say(x64):
         params = STEPS.advance(problem, state, (theta, task), 3).params
         return problem.outer_loss(params, (theta, task))[0]
 
-    @quick
+    @jax.jit
     def by_formula(theta):
         fixed = jax.vmap(lambda task: STEPS(problem, theta, (theta, task)))(example.tasks)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from quickly import quick
 
 import memmeta as mm
 from memmeta.hypergradient.implicit_solution import implicit_solution
@@ -72,8 +71,8 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transformation(name, x64):
-    found = quick(TRANSFORMS[name](solution))(a_context())
-    exact = quick(TRANSFORMS[name](closed_form))(a_context())
+    found = jax.jit(TRANSFORMS[name](solution))(a_context())
+    exact = jax.jit(TRANSFORMS[name](closed_form))(a_context())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, exact)
 
 
@@ -97,7 +96,7 @@ def test_shard_map_over_eight_devices(x64):
         local, mesh=mesh, in_specs=(P(), P("tasks")), out_specs=P(), check_vma=False
     )
     target = a_context()["target"]
-    found = quick(sharded)(target, ridges)
+    found = jax.jit(sharded)(target, ridges)
     exact = jax.grad(lambda t: sum(score(closed_form)({"target": t, "ridge": r}) for r in ridges))(
         target
     )
@@ -110,7 +109,7 @@ def test_memory_does_not_grow_with_inner_steps():
         function = implicit_solution(ridge_loss, inner)
         gradient = jax.grad(lambda c: jnp.sum(function(jnp.zeros(3), c) ** 2))
         context = jax.tree.map(jnp.float32, a_context())
-        return quick(gradient).lower(context).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(gradient).lower(context).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(1) == temporary_bytes(10) == temporary_bytes(1000)
 
@@ -130,12 +129,12 @@ def test_integer_and_key_leaves_and_half_precision():
     def total(scale):
         return jnp.sum(function(start, context | {"scale": scale})["x"].astype(jnp.float32))
 
-    found = quick(lambda c: function(start, c))(context)
+    found = jax.jit(lambda c: function(start, c))(context)
     noise = jax.random.normal(context["key"], (2,))[1]
     assert found["x"].dtype == jnp.bfloat16
     assert found["n"] == 4
     np.testing.assert_allclose(found["x"].astype(np.float32), 2 * noise, rtol=1e-2)
-    np.testing.assert_allclose(quick(jax.grad(total))(jnp.float32(2.0)), 3 * noise, rtol=1e-2)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(jnp.float32(2.0)), 3 * noise, rtol=1e-2)
 
 
 def test_the_start_has_no_derivative():
@@ -144,4 +143,4 @@ def test_the_start_has_no_derivative():
         inner = mm.InnerLoop(mm.inner.newton(None), steps=3)
         return jnp.sum(implicit_solution(ridge_loss, inner)(start, context))
 
-    np.testing.assert_array_equal(quick(jax.grad(final))(jnp.ones(3)), np.zeros(3))
+    np.testing.assert_array_equal(jax.jit(jax.grad(final))(jnp.ones(3)), np.zeros(3))

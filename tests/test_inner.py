@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from problems import EXAMPLES, logistic_example, network_example, quadratic_example
-from quickly import quick
 
 import memmeta as mm
 
@@ -28,7 +27,7 @@ def final(example, inner, scale=1.0):
     context = example.problem.embed(example.theta, task)
     start = example.problem.init(example.theta)
 
-    @quick
+    @jax.jit
     def run(start, context):
         state = inner.run(example.problem, start, context)
         loss = functools.partial(example.problem.inner_loss, context=context)
@@ -80,7 +79,7 @@ def test_the_rate_is_no_part_of_the_derivative(x64):
         return jnp.sum(state.params)
 
     theta = jnp.array([1.0, 2.0])
-    np.testing.assert_allclose(quick(jax.grad(total))(theta), np.full(2, 1 / 7), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(theta), np.full(2, 1 / 7), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["accelerated", "newton"])
@@ -97,7 +96,7 @@ def test_tolerance_under_vmap_stops_each_task_alone(x64):
     inner = mm.InnerLoop(mm.accelerated(), steps=500, tolerance=1e-5)
     contexts = jax.vmap(lambda task: example.problem.embed(example.theta, task))(example.tasks)
 
-    @quick
+    @jax.jit
     def run(contexts):
         one = lambda c: inner.run(example.problem, jnp.zeros(4), c)  # noqa: E731
         return jax.vmap(one)(contexts), jax.lax.map(one, contexts)
@@ -131,7 +130,7 @@ def test_others_report_the_steps_made(name, x64):
     estimator = mm.hypergradient.ESTIMATORS[name].make()
     if name == "first_order":  # it would see nothing of a ridge
         example = network_example()
-    found = quick(
+    found = jax.jit(
         lambda theta: estimator(
             example.problem, inner, theta, example.tasks, jnp.ones(3), jax.random.key(0)
         )
@@ -147,7 +146,7 @@ def test_bfloat16_parameters_move_by_small_steps():
 
     problem = mm.Problem(lambda t, b: b, loss, lambda p, c: (loss(p, c), {}), lambda t: t)
     inner = mm.InnerLoop(optax.sgd(1e-4), steps=5000)
-    found = quick(lambda: inner(problem, jnp.full(2, 100, jnp.bfloat16), jnp.full(2, 101.0)))()
+    found = jax.jit(lambda: inner(problem, jnp.full(2, 100, jnp.bfloat16), jnp.full(2, 101.0)))()
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), 100.5, atol=0.3)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quickly import quick
 
 import memmeta as mm
 from memmeta import linear_head, linear_solve, trees
@@ -27,7 +26,7 @@ GENERAL = {
 @functools.cache
 def compiled(name):
     """One compilation per solver and dtype for all tests: (matrix, b) -> solution."""
-    return quick(functools.partial(solve, name))
+    return jax.jit(functools.partial(solve, name))
 
 
 def solve(name, matrix, b):
@@ -130,7 +129,7 @@ def test_a_stalled_solve_says_so(name):
 def test_vmap_is_a_loop(name, x64):
     matrices, sides = zip(*(system(SPECTRA["definite"], seed=s)[:2] for s in range(3)), strict=True)
     matrices, sides = jnp.stack(matrices), jnp.stack(sides)
-    every = quick(jax.vmap(functools.partial(solve, name)))
+    every = jax.jit(jax.vmap(functools.partial(solve, name)))
     together = every(matrices, sides)
     for i in range(3):
         alone = compiled(name)(matrices[i], sides[i])
@@ -147,7 +146,7 @@ def test_damping_and_warm_start(name, x64):
     long, short = ({}, {}) if name == "direct" else ({"steps": 200}, {"steps": 2})
     make = linear_solve.SOLVERS[name]
 
-    @quick
+    @jax.jit
     def run(b, start):
         damped = make(damping=2.0, **long)(lambda x: matrix @ x, b)
         return damped, make(**short)(lambda x: matrix @ x, b, start=start)
@@ -189,7 +188,7 @@ def test_bfloat16_vectors_with_float32_sums(name):
         image = (matrix @ flat).astype(jnp.bfloat16)
         return {"x": image[:3], "y": image[3:]}
 
-    found = quick(lambda side: GENERAL[name](product, side))(side)
+    found = jax.jit(lambda side: GENERAL[name](product, side))(side)
     assert found.value["x"].dtype == jnp.bfloat16
     assert found.residual.dtype == jnp.float32
     exact = np.linalg.solve(matrix, np.concatenate([side["x"], side["y"]]).astype(np.float32))
@@ -237,7 +236,7 @@ def a_side(init):
     return jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), init)
 
 
-@functools.partial(quick, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def solve_both(problem, context, init, b, damping):
     solver = linear_solve.woodbury(damping=damping).make(problem, init, context)
     product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
@@ -262,7 +261,7 @@ def test_woodbury_in_float32_whatever_the_scale(loss):
     contexts = jax.tree.map(lambda *x: jnp.stack(x), context, broken, context, context, context)
     scales = jnp.array([1.0, 1.0, 1e-30, 1e30, 0.0])
 
-    @quick
+    @jax.jit
     @jax.vmap
     def solve(context, scale):
         product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
