@@ -202,7 +202,8 @@ class MetaStep:
         shards = devices.shards(self.mesh)
         summed = sums(total, per_task, numbers[0] // count, shards)
         if shards > 1:
-            summed = jax.lax.psum(summed, devices.TASKS)
+            # The barrier keeps them together: a sum that is known early would travel alone.
+            summed = jax.lax.psum(jax.lax.optimization_barrier(summed), devices.TASKS)
         return summed, per_task
 
     def chunk(self, tasks: Batch) -> int:

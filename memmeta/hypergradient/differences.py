@@ -31,7 +31,7 @@ def step_length(scale: float | None, tree: Any) -> float:
     Source: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
 
     Example:
-        >>> step_length(None, jnp.ones(2)) ** 3 == jnp.finfo(jnp.float32).eps
+        >>> bool(step_length(None, jnp.ones(2)) ** 3 == jnp.finfo(jnp.float32).eps)
         True
     """
     if scale is not None:
