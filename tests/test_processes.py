@@ -50,7 +50,8 @@ def test_a_process_of_two_dies_and_one_process_goes_on(tmp_path):
     process = start_with(path, "--resume", "--devices=1")
     wait_for_lines(path, process, done + 3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait() == 75
+    errors = process.communicate()[1]
+    assert process.returncode == 75, errors
     found = lines(path)["step"].tolist()
     assert found == list(range(1, len(found) + 1))
 

@@ -27,7 +27,10 @@ def some_are_slow(names):
     return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
 
 
-ANY_PROBLEM = some_are_slow(name for name, entry in ESTIMATORS.items() if not entry.heads)
+# reptile needs a start that is learned: as a method it is below
+ANY_PROBLEM = some_are_slow(
+    name for name, entry in ESTIMATORS.items() if not entry.heads and name != "reptile"
+)
 
 
 def mesh_of(count):
