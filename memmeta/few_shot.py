@@ -15,8 +15,8 @@ from memmeta import trees
 from memmeta.head_constants import with_softmax_constants
 from memmeta.linear_head import (
     HeadContext,
-    accuracy,
     cross_entropies,
+    judged,
     present,
     softmax_problem,
     weighted_mean,
@@ -137,7 +137,7 @@ def query_loss(
     logits: Float[Array, "query ways"], targets: Int[Array, " query"]
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """Mean cross-entropy, and {"accuracy": share of the query examples classified rightly}."""
-    return support_loss(logits, targets), {"accuracy": accuracy(logits, targets)}
+    return judged(cross_entropies, logits, targets)
 
 
 def network_problem(

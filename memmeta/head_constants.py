@@ -22,10 +22,11 @@ from memmeta import trees
 from memmeta.linear_head import (
     HeadContext,
     HeadParams,
+    as_values,
     augmented,
-    largest_eigenvalue_bound,
     present,
     shares,
+    squared_norm_bound,
     stacked,
 )
 from memmeta.problem import Constants, Deviations, Problem, Scalar
@@ -110,11 +111,9 @@ def _samples(
     features: Array, targets: Array, weights: Array, matrix: Array, caps: tuple
 ) -> _Samples:
     features = augmented(features)
-    if not trees.is_inexact(targets):
-        targets = jax.nn.one_hot(targets, matrix.shape[1], dtype=features.dtype)
     logits = features @ matrix.astype(features.dtype)
     predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
-    slopes = predicted - targets.astype(features.dtype)
+    slopes = predicted - as_values(targets, matrix.shape[1], features.dtype)
     length = jnp.linalg.norm(features, axis=1)
     return _Samples(features, length, shares(weights, features.dtype), logits, slopes)
 
@@ -130,7 +129,7 @@ def _support_and_query(
 
 def _curvature(samples: _Samples) -> Scalar:
     """λmax(Σ s_i x̃_i x̃_iᵀ)."""
-    return _largest(samples.features * jnp.sqrt(samples.shares)[:, None])
+    return squared_norm_bound(samples.features * jnp.sqrt(samples.shares)[:, None])
 
 
 def _constants(
@@ -139,15 +138,15 @@ def _constants(
     a, t = caps
     support, query = _support_and_query(params, context, caps)
     radius = radius.astype(support.length.dtype)
-    kernel = jnp.sqrt(_largest(stacked(params)[:-1])).astype(radius.dtype) + radius  # w
+    kernel = jnp.sqrt(squared_norm_bound(stacked(params)[:-1])).astype(radius.dtype) + radius  # w
     error, query_error = (jnp.linalg.norm(x.slopes, axis=1) for x in (support, query))
     length, share = support.length, support.shares
     return Constants(
-        outer_context=_norm(query.shares * (query_error + a * kernel * query.length)),
+        outer_context=trees.norm(query.shares * (query_error + a * kernel * query.length)),
         outer_params=a * _curvature(query),
-        mixed=_norm(share * (2 * a * length + t * kernel * length**2)),
+        mixed=trees.norm(share * (2 * a * length + t * kernel * length**2)),
         hessian=t * jnp.max(length) * _curvature(support),
-        coupling=_norm(share * (error + a * length * radius + a * kernel * length)),
+        coupling=trees.norm(share * (error + a * length * radius + a * kernel * length)),
         embedding=jnp.ones_like(kernel),
     )
 
@@ -182,9 +181,13 @@ def _deviations(
     heaviest = jnp.max(support.shares)
     moved, query_moved = _moved(support, radius, caps), _moved(query, radius, caps)
 
-    kernel = jnp.sqrt(jnp.minimum((_largest(matrix[:-1]) ** 0.5 + radius) ** 2, 2 * value / mu))
-    errors = jnp.sqrt(_largest(support.shares[:, None] * support.slopes))
-    errors = jnp.minimum(errors + _norm(support.shares * moved), jnp.sqrt(2 * heaviest * value))
+    kernel = jnp.sqrt(
+        jnp.minimum((squared_norm_bound(matrix[:-1]) ** 0.5 + radius) ** 2, 2 * value / mu)
+    )
+    errors = jnp.sqrt(squared_norm_bound(support.shares[:, None] * support.slopes))
+    errors = jnp.minimum(
+        errors + trees.norm(support.shares * moved), jnp.sqrt(2 * heaviest * value)
+    )
     bent = kernel * jnp.sqrt(a * heaviest)
     sensitivity = errors / mu + bent / (2 * jnp.sqrt(mu))
 
@@ -196,14 +199,14 @@ def _deviations(
     energy = jnp.minimum(_energy(support, along, curved, radius, caps), turned / jnp.sqrt(mu))
     hessian = jnp.minimum(sensitivity * turned, (errors / jnp.sqrt(mu) + bent) * energy)
 
-    across = jnp.sqrt(_largest(direction[:-1])) * moved + kernel * change
+    across = jnp.sqrt(squared_norm_bound(direction[:-1])) * moved + kernel * change
     query_errors = jnp.linalg.norm(query.slopes, axis=1)
     steepness = _curvature(query)
     spread = jnp.sqrt(steepness * jnp.sum(query.shares * query_moved**2))
     return Deviations(
-        outer_context=_norm(query.shares * (query_errors * radius + kernel * query_moved)),
+        outer_context=trees.norm(query.shares * (query_errors * radius + kernel * query_moved)),
         outer_params=jnp.minimum(a * steepness * radius, spread),
-        mixed=_norm(support.shares * (across + radius * jnp.linalg.norm(curved, axis=1))),
+        mixed=trees.norm(support.shares * (across + radius * jnp.linalg.norm(curved, axis=1))),
         hessian=hessian,
         sensitivity=sensitivity,
         embedding=jnp.ones_like(mu),
@@ -236,13 +239,3 @@ def _energy(
     growth = 2 * jnp.sinh(jnp.minimum(reach, FAR) / 2)
     found = jnp.sqrt(jnp.sum(samples.shares * growth**2 * squares))
     return jnp.where(jnp.max(reach) < FAR, found, jnp.inf)
-
-
-def _norm(vector: Float[Array, " n"]) -> Scalar:
-    return trees.norm(vector)
-
-
-def _largest(matrix: Float[Array, "n m"]) -> Scalar:
-    """A bound from above on ‖matrix‖₂²."""
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return largest_eigenvalue_bound(jnp.matmul(small, small.T, precision=jax.lax.Precision.HIGHEST))

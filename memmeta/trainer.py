@@ -82,7 +82,7 @@ class Trainer:
             def body(_: Array, carry: tuple[MetaState, Metrics]) -> tuple[MetaState, Metrics]:
                 state, total = carry
                 state, found = one_step(state, dataset)
-                return state, _both(total, found, jnp.add)
+                return state, _sum(total, found)
 
             shapes = jax.eval_shape(one_step, state, dataset)[1]
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -138,10 +138,10 @@ class Trainer:
         return evaluate
 
 
-def _both(total: Metrics, found: Metrics, combine: Callable) -> Metrics:
+def _sum(total: Metrics, found: Metrics) -> Metrics:
     """Two metrics' sum; of the smallest curvatures the smaller."""
     pair = (total.report.smallest_curvature, found.report.smallest_curvature)
-    both = jax.tree.map(combine, total, found)
+    both = jax.tree.map(jnp.add, total, found)
     return both._replace(report=both.report._replace(smallest_curvature=jnp.minimum(*pair)))
 
 

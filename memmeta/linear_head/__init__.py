@@ -11,11 +11,14 @@ from memmeta.linear_head.closed_form import ridge_solution
 from memmeta.linear_head.curvature import (
     largest_eigenvalue_bound,
     smoothness_bound,
+    squared_norm_bound,
     squared_smoothness_bound,
 )
 from memmeta.linear_head.examples import (
     accuracy,
+    as_values,
     cross_entropies,
+    judged,
     present,
     shares,
     squared_errors,
@@ -43,8 +46,10 @@ __all__ = [
     "HeadParams",
     "LinearHead",
     "accuracy",
+    "as_values",
     "augmented",
     "cross_entropies",
+    "judged",
     "largest_eigenvalue_bound",
     "present",
     "ridge_solution",
@@ -55,6 +60,7 @@ __all__ = [
     "softmax_problem",
     "squared_errors",
     "squared_inner_loss",
+    "squared_norm_bound",
     "squared_outer_loss",
     "squared_problem",
     "squared_smoothness_bound",

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import trees
-from memmeta.linear_head.examples import shares
+from memmeta.linear_head.examples import as_values, shares
 from memmeta.linear_head.head import HeadContext, HeadParams, augmented
 
 
@@ -31,16 +30,16 @@ def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
     Example:
         >>> context = HeadContext(jnp.eye(2), jnp.arange(2), jnp.eye(2), jnp.arange(2))
         >>> params = ridge_solution(context, 0.1, ways=2)
+        >>> from memmeta import trees
         >>> from memmeta.linear_head import squared_inner_loss
         >>> gradient = jax.grad(squared_inner_loss)(params, context, 0.1)
         >>> bool(trees.norm(gradient) < 1e-6)
         True
     """
-    features, targets = augmented(context.support_features), context.support_targets
-    if not trees.is_inexact(targets):
-        targets = jax.nn.one_hot(targets, ways, dtype=features.dtype)
+    features = augmented(context.support_features)
+    targets = as_values(context.support_targets, ways, features.dtype)
     roots = jnp.sqrt(shares(context.weights, features.dtype))[:, None]
-    scaled, targets = features * roots, targets.astype(features.dtype) * roots
+    scaled, targets = features * roots, targets * roots
     ridge = jnp.asarray(ridge).astype(features.dtype)
 
     def solve(matrix: Array, right: Array) -> Array:

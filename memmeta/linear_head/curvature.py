@@ -44,6 +44,17 @@ def largest_eigenvalue_bound(gram: Float[Array, "n n"]) -> Scalar:
     return jnp.exp(log_scale) * rounding
 
 
+def squared_norm_bound(matrix: Float[Array, "n m"]) -> Scalar:
+    """A bound from above on ‖matrix‖₂², by the smaller of its two Gram matrices.
+
+    Example:
+        >>> round(float(squared_norm_bound(jnp.array([[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))), 3)
+        9.0
+    """
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return largest_eigenvalue_bound(jnp.matmul(small, small.T, precision=jax.lax.Precision.HIGHEST))
+
+
 def smoothness_bound(context: HeadContext, ridge: Any) -> Scalar:
     r"""L with ∂²g ⪯ L·I for the softmax head, whatever its parameters.
 
@@ -76,9 +87,4 @@ def squared_smoothness_bound(context: HeadContext, ridge: Any) -> Scalar:
 def _largest_curvature(context: HeadContext) -> Scalar:
     features = augmented(context.support_features)
     weights = shares(context.weights, features.dtype)
-    features = features * jnp.sqrt(weights)[:, None]
-    if features.shape[0] > features.shape[1]:
-        features = features.T
-    return largest_eigenvalue_bound(
-        jnp.matmul(features, features.T, precision=jax.lax.Precision.HIGHEST)
-    )
+    return squared_norm_bound(features * jnp.sqrt(weights)[:, None])

@@ -1,5 +1,7 @@
 """Losses example by example, and their means over the examples that are no padding."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -38,6 +40,20 @@ def weighted_mean(values: Float[Array, " n"], weights: Float[Array, " n"]) -> Sc
     return jnp.sum(values * shares(weights, values.dtype))
 
 
+def as_values(
+    targets: Shaped[Array, "n ..."], ways: int, dtype: DTypeLike
+) -> Float[Array, "n ways"]:
+    """Targets as values: of integers their one-hot vectors, of padding zeros.
+
+    Example:
+        >>> as_values(jnp.array([1, -1]), 2, jnp.float32).tolist()
+        [[0.0, 1.0], [0.0, 0.0]]
+    """
+    if not trees.is_inexact(targets):
+        targets = jax.nn.one_hot(targets, ways, dtype=dtype)
+    return targets.astype(dtype)
+
+
 def cross_entropies(
     logits: Float[Array, "n ways"], targets: Int[Array, " n"]
 ) -> Float[Array, " n"]:
@@ -49,9 +65,8 @@ def squared_errors(
     outputs: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]
 ) -> Float[Array, " n"]:
     """½ ‖output − target‖²; integer targets stand for their one-hot vectors."""
-    if not trees.is_inexact(targets):
-        targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-    return 0.5 * jnp.sum((outputs - targets.astype(outputs.dtype)) ** 2, axis=-1)
+    values = as_values(targets, outputs.shape[-1], outputs.dtype)
+    return 0.5 * jnp.sum((outputs - values) ** 2, axis=-1)
 
 
 def accuracy(logits: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]) -> Scalar:
@@ -61,3 +76,19 @@ def accuracy(logits: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]) ->
         targets = jnp.argmax(targets, axis=-1)
     right = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
     return weighted_mean(right.astype(logits.dtype), weights)
+
+
+def judged(
+    losses: Callable[[Array, Array], Array],
+    logits: Float[Array, "n ways"],
+    targets: Shaped[Array, "n ..."],
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """The mean loss and {"accuracy": ...}; padding does not count.
+
+    Args:
+        losses: `cross_entropies` or `squared_errors`.
+        logits: of the query examples.
+        targets: theirs.
+    """
+    loss = weighted_mean(losses(logits, targets), present(targets))
+    return loss, {"accuracy": accuracy(logits, targets)}

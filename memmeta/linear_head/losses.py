@@ -10,9 +10,8 @@ from jaxtyping import Array
 from memmeta import trees
 from memmeta.linear_head.curvature import smoothness_bound, squared_smoothness_bound
 from memmeta.linear_head.examples import (
-    accuracy,
     cross_entropies,
-    present,
+    judged,
     squared_errors,
     weighted_mean,
 )
@@ -87,8 +86,7 @@ def _inner_loss(losses: Callable, params: HeadParams, context: HeadContext, ridg
 
 def _outer_loss(losses: Callable, params: HeadParams, context: HeadContext) -> tuple:
     logits = _logits(params, context.query_features)
-    loss = weighted_mean(losses(logits, context.query_targets), present(context.query_targets))
-    return loss, {"accuracy": accuracy(logits, context.query_targets)}
+    return judged(losses, logits, context.query_targets)
 
 
 def _logits(params: HeadParams, features: Array) -> Array:
@@ -103,16 +101,12 @@ def _penalty(params: HeadParams, ridge: Any, dtype: Any) -> Scalar:
 
 
 def _describe(losses: Callable, context: HeadContext, ridge: Any) -> LinearHead:
-    def query_loss(logits: Array) -> tuple[Scalar, dict[str, Scalar]]:
-        loss = weighted_mean(losses(logits, context.query_targets), present(context.query_targets))
-        return loss, {"accuracy": accuracy(logits, context.query_targets)}
-
     features = augmented(context.support_features)
     return LinearHead(
         features,
         augmented(context.query_features),
         lambda logits: weighted_mean(losses(logits, context.support_targets), context.weights),
-        query_loss,
+        lambda logits: judged(losses, logits, context.query_targets),
         jnp.asarray(ridge).astype(features.dtype),
     )
 
