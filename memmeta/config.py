@@ -116,21 +116,31 @@ class Config:
             fits = self.task_chunk >= 1 and self.tasks % self.task_chunk == 0
             _require("task_chunk", self.task_chunk, fits, f"a divisor of tasks={self.tasks}")
 
-    def training_episodes(self, train: Dataset) -> Episodes:
-        """The sampler of the tasks that are trained on.
+    def normalised(self, train: Dataset) -> Augmentation:
+        """What is done to every image, of training and of evaluation.
 
         Args:
-            train: the training split.
+            train: the training split, all of which is read where its statistics are asked for.
 
         Raises:
             DataError: images are to be normalised, and the data are none.
         """
+        if not self.normalise:
+            return Augmentation()
+        mean, deviation = normalisation(train)
+        return Augmentation(mean=mean, deviation=deviation)
+
+    def training_episodes(self, train: Dataset, normalised: Augmentation) -> Episodes:
+        """The sampler of the tasks that are trained on.
+
+        Args:
+            train: the training split.
+            normalised: from the method of that name.
+        """
         warp = Warp(self.warp, self.warp, self.warp, self.warp / 2) if self.warp else None
         several = len(train.family_names) > 1
         cross_family = several if self.cross_family is None else self.cross_family
-        augmentation = replace(
-            self._normalised(train), warp=warp, crop_padding=self.crop, flip=self.flip
-        )
+        augmentation = replace(normalised, warp=warp, crop_padding=self.crop, flip=self.flip)
         return Episodes(
             self.ways,
             self.shots,
@@ -139,30 +149,18 @@ class Config:
             augmentation=augmentation,
         )
 
-    def test_episodes(self, train: Dataset) -> dict[str, Episodes]:
+    def test_episodes(self, train: Dataset, normalised: Augmentation) -> dict[str, Episodes]:
         """The samplers of the tasks that are judged, by what they are called.
 
-        Args:
-            train: the training split.
-
-        Raises:
-            DataError: as `training_episodes`.
+        Arguments as for `training_episodes`.
         """
-        any_style = Episodes(
-            self.ways, self.shots, self.test_queries, augmentation=self._normalised(train)
-        )
+        any_style = Episodes(self.ways, self.shots, self.test_queries, augmentation=normalised)
         if len(train.family_names) == 1:
             return {"any styles": any_style}
         # half of the styles or less are of one family, so fewer queries than with any styles
         queries = min(self.test_queries, 5)
         other_family = replace(any_style, queries=queries, cross_family=True)
         return {"any styles": any_style, "different font families": other_family}
-
-    def _normalised(self, train: Dataset) -> Augmentation:
-        if not self.normalise:
-            return Augmentation()
-        mean, deviation = normalisation(train)
-        return Augmentation(mean=mean, deviation=deviation)
 
     def learner(self, dataset: Dataset, *, test: bool = False) -> Learner:
         """The method this run asks for, on a network that fits the data.

@@ -161,10 +161,9 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """
     names = ("train", "validation", "test")
     splits = {name: _classes(load(config.data, name, config.data_dir)) for name in names}
-    training, judged = (
-        config.training_episodes(splits["train"]),
-        config.test_episodes(splits["train"]),
-    )
+    normalised = config.normalised(splits["train"])
+    training = config.training_episodes(splits["train"], normalised)
+    judged = config.test_episodes(splits["train"], normalised)
     training.check(splits["train"])
     for name, sampler in product(("validation", "test"), judged.values()):
         sampler.check(splits[name])

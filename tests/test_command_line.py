@@ -191,11 +191,12 @@ def test_the_configuration_survives_a_round_trip():
 def test_augmentation_is_for_training_and_normalisation_for_both():
     train = load("glyphs", "train")
     config = Config(warp=0.2, crop=2, flip=True, normalise=True)
-    statistics = normalisation(train)
-    sampler = config.training_episodes(train)
+    statistics, normalised = normalisation(train), config.normalised(train)
+    sampler = config.training_episodes(train, normalised)
     assert sampler.augmentation == Augmentation(Warp(0.2, 0.2, 0.2, 0.1), 2, True, *statistics)
     assert sampler.cross_family
-    assert not Config(cross_family=False).training_episodes(train).cross_family
-    plain, other = config.test_episodes(train).values()
+    one_family = Config(cross_family=False)
+    assert not one_family.training_episodes(train, normalised).cross_family
+    plain, other = config.test_episodes(train, normalised).values()
     assert plain == Episodes(queries=15, augmentation=Augmentation(None, 0, False, *statistics))
     assert other == replace(plain, queries=5, cross_family=True)
