@@ -12,7 +12,7 @@ import optax
 
 from memmeta import algorithms, models
 from memmeta.algorithms import Learner
-from memmeta.data import Augmentation, Dataset, Episodes, Warp, normalisation
+from memmeta.data import Augmentation, Dataset, Episodes, HostDataset, Warp, normalisation
 from memmeta.few_shot import Statistics
 from memmeta.inner import InnerLoop
 
@@ -31,6 +31,9 @@ class Config:
     """Data set: its train split is trained on, its test split is reported on."""
     data_dir: Path | None = None
     """Folder of data sets that are not embedded in the package."""
+    on_host: bool = False
+    """Leave the data on the host, memory-mapped where they come from a folder or a download, for
+    those larger than the device's memory; the tasks are the same."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1
@@ -116,7 +119,7 @@ class Config:
             fits = self.task_chunk >= 1 and self.tasks % self.task_chunk == 0
             _require("task_chunk", self.task_chunk, fits, f"a divisor of tasks={self.tasks}")
 
-    def normalised(self, train: Dataset) -> Augmentation:
+    def normalised(self, train: Dataset | HostDataset) -> Augmentation:
         """What is done to every image, of training and of evaluation.
 
         Args:
@@ -162,21 +165,22 @@ class Config:
         other_family = replace(any_style, queries=queries, cross_family=True)
         return {"any styles": any_style, "different font families": other_family}
 
-    def learner(self, dataset: Dataset, *, test: bool = False) -> Learner:
+    def learner(self, image_shape: tuple[int, ...], *, test: bool = False) -> Learner:
         """The method this run asks for, on a network that fits the data.
 
         Args:
-            dataset: whose examples the network takes.
+            image_shape: height, width and channels of the examples.
             test: whether the inner loop makes the steps of evaluation.
 
         Raises:
             UserError: an option was given that the method does not have.
         """
         method = algorithms.METHODS[self.method]
+        height, width, channels = image_shape
         network = models.conv4(
             self.ways,
             width=self.width,
-            image_shape=tuple(dataset.inputs.shape[2:]),
+            image_shape=(height, width, channels),
             round_up=not self.round_down,
             head_scale=1.0,  # read only by methods that learn the head's start
         )

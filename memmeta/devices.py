@@ -97,11 +97,14 @@ def draw(mesh: Mesh | None, sample: Callable, count: int) -> Callable[..., PyTre
         count: tasks in all, a multiple of `shards(mesh)`.
 
     Returns:
-        A function of the arguments that returns the `count` tasks, spread over the devices.
+        A function of the arguments and `first` that returns `count` tasks from number `first` on,
+        spread over the devices.
     """
     local = count // shards(mesh)
     share = spread(mesh, lambda *args: sample(*args[:-1], local, args[-1][0]), 1, True)
-    return lambda *arguments: share(*arguments, jnp.arange(count, dtype=jnp.int32))
+    return lambda *arguments: share(
+        *arguments[:-1], arguments[-1] + jnp.arange(count, dtype=jnp.int32)
+    )
 
 
 def place(mesh: Mesh | None, tree: PyTree, spec: P = P()) -> PyTree:

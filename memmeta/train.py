@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memmeta import checkpoints, devices
+from memmeta.blocks import Block
 from memmeta.interruption import Interrupted, Stopped, interruptible
 from memmeta.meta_step import MetaState, Metrics
 from memmeta.run_folder import RunFolder
@@ -19,7 +20,7 @@ VALIDATION_EPISODES = 100
 
 def train(
     trainer: Trainer,
-    block: jax.stages.Compiled,
+    block: Block,
     folder: RunFolder,
     resume: bool,
     show: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -55,7 +56,7 @@ def train(
             count = min(config.log_every - step % config.log_every, config.meta_steps - step)
             before = jax.tree.map(jnp.copy, state) if strict else state
             began = time.perf_counter()
-            state, metrics = block(state, trainer.splits["train"], jnp.int32(count))
+            state, metrics = block(state, trainer.splits["train"], count)
             jax.block_until_ready(state)
             seconds = time.perf_counter() - began
             if strict and sum(int(count) for count in metrics.counts):
@@ -78,19 +79,18 @@ def train(
     return state
 
 
-def _stop(
-    trainer: Trainer, block: jax.stages.Compiled, folder: RunFolder, state: MetaState
-) -> Stopped:
+def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -> Stopped:
     """Go through a block again step by step, and save what came before the first trouble."""
     dataset = trainer.splits["train"]
     while True:
         before = jax.tree.map(jnp.copy, state)
-        state, metrics = block(state, dataset, jnp.int32(1))
+        state, metrics = block(state, dataset, 1)
         if sum(int(count) for count in metrics.counts):
             break
     step = int(before.step)
     checkpoints.save(folder.checkpoints, step, before)
-    tasks = jax.jit(trainer.batch, out_shardings=trainer.everywhere)(before, dataset)
+    gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
+    tasks = gather(trainer.batch(before, dataset))
     file = folder.save_batch(tasks)
     counts = [f"{name} {int(n)}" for name, n in metrics.counts._asdict().items() if int(n)]
     return Stopped(
@@ -119,7 +119,7 @@ def final_report(
     trainer: Trainer,
     state: MetaState,
     folder: RunFolder,
-    block: jax.stages.Compiled | None = None,
+    block: Block | None = None,
 ) -> dict[str, Any]:
     """Accuracy on held-out test episodes, speed, and memory.
 
@@ -139,7 +139,7 @@ def final_report(
     }
     lines = folder.metrics()
     speeds = [line["tasks_per_second"] for line in lines[1:]]
-    memory = block.memory_analysis() if block else None
+    memory = block.program.memory_analysis() if block else None
     return {
         "method": config.method,
         "data": config.data,

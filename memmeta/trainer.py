@@ -1,6 +1,6 @@
 """What a run is made of: its data, its compiled programs, and whether they fit the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -11,14 +11,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, Key
 
-from memmeta import devices
+from memmeta import blocks, devices
 from memmeta.algorithms import Learner
+from memmeta.blocks import Block
 from memmeta.config import Config, UserError
-from memmeta.data import DataError, Dataset, Episodes, Split, load
+from memmeta.data import (
+    DataError,
+    Dataset,
+    Episodes,
+    HostDataset,
+    HostEpisodes,
+    Split,
+    load,
+    load_host,
+)
 from memmeta.evaluate import Interval, confidence_interval
-from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
+from memmeta.meta_step import MetaState, MetaStep, make_meta_step
 from memmeta.problem import Batch, MetaParams
-from memmeta.trees import is_inexact
 
 # Tags that keep the run's random draws apart from one another.
 INIT, TRAIN, VALIDATION, TEST = range(4)
@@ -33,7 +42,7 @@ class Trainer:
         config: the options.
         learner: the method.
         meta_step: one outer iteration.
-        splits: the data, by split name, on every device.
+        splits: the data, by split name, on every device or on the host.
         training: the sampler of the tasks that are trained on.
         judged: the samplers of the tasks that are judged, by what they are called.
     """
@@ -41,7 +50,7 @@ class Trainer:
     config: Config
     learner: Learner
     meta_step: MetaStep
-    splits: dict[str, Dataset]
+    splits: dict[str, Dataset | HostDataset]
     training: Episodes
     judged: dict[str, Episodes]
 
@@ -57,70 +66,57 @@ class Trainer:
         theta = jax.jit(self.learner.init)(jax.random.fold_in(key, INIT))
         return self.meta_step.init(theta, key)
 
-    def batch(self, state: MetaState, dataset: Dataset) -> Batch:
+    def tasks(
+        self,
+        episodes: Episodes,
+        dataset: Dataset | HostDataset,
+        key: Key[Array, ""],
+        count: int,
+        first: int = 0,
+    ) -> Batch:
+        """Tasks `first` to `first + count - 1` of the list that `key` names, where they are used.
+
+        The same tasks wherever the data are; from the host outside compiled code only.
+        """
+        mesh, number = self.meta_step.mesh, jnp.asarray(first, jnp.int32)
+        if isinstance(dataset, HostDataset):
+            drawn = HostEpisodes(episodes).sample_batch(dataset, key, count, number)
+            return devices.place(mesh, drawn, PartitionSpec(devices.TASKS))
+        return _drawn(mesh, episodes, count, dataset, key, number)
+
+    def batch(self, state: MetaState, dataset: Dataset | HostDataset) -> Batch:
         """The tasks of the meta-step that `state` is about to make, where they will be used."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, TRAIN), state.step)
-        draw = devices.draw(self.meta_step.mesh, self.training.sample_batch, self.config.tasks)
-        return draw(dataset, key)
+        return self.tasks(self.training, dataset, key, self.config.tasks)
 
-    def compile(self) -> jax.stages.Compiled:
-        """(state, train split, count) -> (state, mean metrics): `count` meta-steps as one program.
+    def batches(self, state: MetaState, dataset: HostDataset, count: int) -> Iterator[Batch]:
+        """`batch` for the next `count` meta-steps, made ready while another is in use."""
+        key, step = jax.random.fold_in(state.key, TRAIN), int(state.step)
+        keys = (jax.random.fold_in(key, number) for number in range(step, step + count))
+        for drawn in HostEpisodes(self.training).stream(dataset, keys, self.config.tasks):
+            yield devices.place(self.meta_step.mesh, drawn, PartitionSpec(devices.TASKS))
 
-        The count is traced, so that one compilation serves the last, shorter block too. The state
-        is donated. `.memory_analysis()` tells what it needs.
-        """
-
-        @jax.jit  # traced once, for its shapes and for the loop
-        def one_step(state: MetaState, dataset: Dataset) -> tuple[MetaState, Metrics]:
-            state, metrics = self.meta_step.update(state, self.batch(state, dataset))
-            return state, metrics._replace(tasks=None)
-
-        @partial(jax.jit, donate_argnums=0, out_shardings=self.everywhere)
-        def block(
-            state: MetaState, dataset: Dataset, count: Int32[Array, ""]
-        ) -> tuple[MetaState, Metrics]:
-            def body(_: Array, carry: tuple[MetaState, Metrics]) -> tuple[MetaState, Metrics]:
-                state, total = carry
-                state, found = one_step(state, dataset)
-                return state, _sum(total, found)
-
-            shapes = jax.eval_shape(one_step, state, dataset)[1]
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            none_met = jnp.full_like(zeros.report.smallest_curvature, jnp.inf)
-            start = zeros._replace(report=zeros.report._replace(smallest_curvature=none_met))
-            state, total = jax.lax.fori_loop(0, count, body, (state, start))
-            means = jax.tree.map(lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total)
-            smallest = total.report.smallest_curvature
-            return state, means._replace(report=means.report._replace(smallest_curvature=smallest))
-
-        return block.lower(self.init(), self.splits["train"], jnp.int32(1)).compile()
+    def compile(self) -> Block:
+        """The meta-steps between two log points."""
+        state, dataset, where = self.init(), self.splits["train"], self.everywhere
+        if isinstance(dataset, HostDataset):
+            batch = self.batch(state, dataset)
+            return blocks.on_host(self.meta_step, self.batches, state, batch, where)
+        return blocks.on_device(self.meta_step, self.batch, state, dataset, where)
 
     @cached_property
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
         """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
-        learner = self.config.learner(self.splits["test"], test=True)
+        learner = self.config.learner(self.splits["test"].example_shape, test=True)
         mesh = self.meta_step.mesh
         together = JUDGED_TOGETHER * devices.shards(mesh)
 
-        @partial(jax.jit, static_argnums=2, out_shardings=self.everywhere)
-        def accuracies(
-            theta: MetaParams,
-            dataset: Dataset,
-            episodes: Episodes,
-            first: Int32[Array, ""],
-            key: Key[Array, ""],
-        ) -> Float[Array, " tasks"]:
-            def judged(
-                theta: MetaParams,
-                dataset: Dataset,
-                key: Key[Array, ""],
-                numbers: Int32[Array, " share"],
-            ) -> Float[Array, " share"]:
-                tasks = episodes.sample_batch(dataset, key, numbers.size, numbers[0])
+        @partial(jax.jit, out_shardings=self.everywhere)
+        def accuracies(theta: MetaParams, tasks: Batch) -> Float[Array, " tasks"]:
+            def judged(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
                 return learner.evaluate(theta, tasks).aux["accuracy"]
 
-            numbers = first + jnp.arange(together, dtype=jnp.int32)
-            return devices.spread(mesh, judged, split=1, out=True)(theta, dataset, key, numbers)
+            return devices.spread(mesh, judged, split=1, out=True)(theta, tasks)
 
         def evaluate(
             state: MetaState, split: str, episodes: Episodes, count: int, tag: int
@@ -128,9 +124,9 @@ class Trainer:
             # The same episodes whatever the run's seed, so that runs can be compared.
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
-            episodes.check(dataset)
+            _check(episodes, dataset)
             found = [
-                accuracies(state.meta_params, dataset, episodes, jnp.int32(first), key)
+                accuracies(state.meta_params, self.tasks(episodes, dataset, key, together, first))
                 for first in range(0, count, together)
             ]
             return confidence_interval(np.concatenate(found)[:count])
@@ -138,11 +134,25 @@ class Trainer:
         return evaluate
 
 
-def _sum(total: Metrics, found: Metrics) -> Metrics:
-    """Two metrics' sum; of the smallest curvatures the smaller."""
-    pair = (total.report.smallest_curvature, found.report.smallest_curvature)
-    both = jax.tree.map(jnp.add, total, found)
-    return both._replace(report=both.report._replace(smallest_curvature=jnp.minimum(*pair)))
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _drawn(
+    mesh: Mesh | None,
+    episodes: Episodes,
+    count: int,
+    dataset: Dataset,
+    key: Key[Array, ""],
+    first: Int32[Array, ""],
+) -> Batch:
+    return devices.draw(mesh, episodes.sample_batch, count)(dataset, key, first)
+
+
+def _index(split: Dataset | HostDataset) -> Dataset:
+    """What is known of a split beside its examples."""
+    return split.index if isinstance(split, HostDataset) else split
+
+
+def _check(episodes: Episodes, split: Dataset | HostDataset) -> None:
+    episodes.check(_index(split))
 
 
 def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
@@ -160,14 +170,15 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
         ValueError: the tasks cannot be shared out evenly over the devices.
     """
     names = ("train", "validation", "test")
-    splits = {name: _classes(load(config.data, name, config.data_dir)) for name in names}
-    normalised = config.normalised(splits["train"])
-    training = config.training_episodes(splits["train"], normalised)
-    judged = config.test_episodes(splits["train"], normalised)
-    training.check(splits["train"])
+    read = load_host if config.on_host else load
+    splits = {name: _classes(read(config.data, name, config.data_dir)) for name in names}
+    train, normalised = _index(splits["train"]), config.normalised(splits["train"])
+    training = config.training_episodes(train, normalised)
+    judged = config.test_episodes(train, normalised)
+    _check(training, train)
     for name, sampler in product(("validation", "test"), judged.values()):
-        sampler.check(splits[name])
-    learner = config.learner(splits["train"])
+        _check(sampler, splits[name])
+    learner = config.learner(splits["train"].example_shape)
     meta_step = make_meta_step(
         learner.problem,
         learner.inner,
@@ -176,12 +187,13 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
         task_chunk=config.task_chunk or "auto",
         mesh=mesh,
     )
-    placed = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}
-    return Trainer(config, learner, meta_step, placed, training, judged)
+    if not config.on_host:
+        splits = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}
+    return Trainer(config, learner, meta_step, splits, training, judged)
 
 
-def _classes(split: Split) -> Dataset:
-    if not isinstance(split, Dataset):
+def _classes(split: Split | HostDataset) -> Dataset | HostDataset:
+    if not isinstance(split, Dataset | HostDataset):
         raise DataError(
             f"data: {split.name} has curves, and the command line trains classifiers; use a "
             "Problem of your own with memmeta.make_meta_step, or a data set of classes"
@@ -189,7 +201,7 @@ def _classes(split: Split) -> Dataset:
     return split
 
 
-def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
+def check_room(trainer: Trainer, block: Block) -> None:
     """Say before a run starts that it will not fit, and what would.
 
     Args:
@@ -199,20 +211,19 @@ def check_room(trainer: Trainer, block: jax.stages.Compiled) -> None:
     Raises:
         UserError: the device has less memory than the compiled program needs.
     """
-    needed, free = devices.needed_bytes(block), devices.free_bytes()
+    needed, free = devices.needed_bytes(block.program), devices.free_bytes()
     if jax.default_backend() == "cpu" and needed is not None:
         needed *= jax.local_device_count() if trainer.meta_step.mesh else 1
     if needed is None or free is None or needed <= free:
         return
     step = trainer.meta_step
-    state = jax.eval_shape(trainer.init)
-    chunk = step.chunk(jax.eval_shape(trainer.batch, state, trainer.splits["train"]))
+    chunk = step.chunk(trainer.batch(trainer.init(), trainer.splits["train"]))
     found = f"a meta-step needs {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB"
     smallest = needed
     if chunk > 1:
         one = replace(trainer, meta_step=replace(step, task_chunk=1)).compile()
-        of_block = devices.needed_bytes(block) or needed
-        smallest = round((devices.needed_bytes(one) or 0) * needed / of_block)
+        of_block = devices.needed_bytes(block.program) or needed
+        smallest = round((devices.needed_bytes(one.program) or 0) * needed / of_block)
     if smallest > free:
         raise UserError(
             f"task_chunk: {found}, and with --task-chunk 1 it would still need "

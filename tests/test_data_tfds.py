@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memmeta.__main__ import main
 from memmeta.data import DataError, class_splits, from_tfds, load, load_host
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
@@ -241,3 +242,17 @@ def test_a_failed_preparation_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(from_tfds.subprocess, "run", run)
     with pytest.raises(DataError, match="preparing cifar100 failed: OSError: no net"):
         load("cifar_fs", "train", tmp_path)
+
+
+def test_training_from_the_host(cifar100, tmp_path):
+    options = [
+        *("--data=cifar_fs", f"--data-dir={cifar100}", "--on-host", "--normalise", "--width=2"),
+        *("--method=protonet", "--ways=2", "--queries=1", "--test-queries=1", "--tasks=2"),
+        *("--meta-steps=3", "--log-every=2", "--checkpoint-every=2", "--episodes=2"),
+    ]
+    assert main(["train", "--run", str(tmp_path / "run"), *options]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["meta_steps"] == 3
+    assert report["meta_step_temporary_bytes"] > 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [2, 3]

@@ -184,6 +184,24 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path):
     assert checkpoints.whole(tmp_path) == [2, 1]
 
 
+def test_a_run_on_a_full_disk_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    path = tmp_path / "full"
+    process = start(path)
+    wait_for_lines(path, process, 3)
+    process.send_signal(signal.SIGSTOP)
+    hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1_000, hard))
+    process.send_signal(signal.SIGCONT)
+    said = ended(process, 1).strip().splitlines()
+    assert said[-1].startswith("memmeta: ")
+    assert "Traceback" not in "".join(said)
+    before = lines(path)
+    assert len(before) >= 3
+    ended(start(path, "--resume"))
+    pandas.testing.assert_frame_equal(lines(path)[: len(before)], before)
+    assert_same_run(uninterrupted, path)
+
+
 def test_what_a_kill_left_of_a_checkpoint_is_tidied_away(tmp_path):
     state = {"weight": jnp.ones(3)}
     (tmp_path / "00000001").mkdir()
@@ -346,7 +364,7 @@ def test_what_does_not_fit_is_said_before_it_starts(monkeypatch):
     config = Config(ways=2, queries=1, width=2, tasks=4, inner_steps=1, cg_steps=1, task_chunk=4)
     trainer = make_trainer(config)
     block = trainer.compile()
-    needed = devices.needed_bytes(block)
+    needed = devices.needed_bytes(block.program)
     check_room(trainer, block)
     monkeypatch.setattr(devices, "free_bytes", lambda: needed - 1)
     with pytest.raises(UserError, match=r"--task-chunk [12] would need about"):

@@ -1,6 +1,7 @@
 """Tasks spread over devices: the same numbers, the same episodes, one message a meta-step."""
 
 import inspect
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -161,24 +162,26 @@ def test_the_same_episodes_on_any_number_of_devices():
     for count in (2, 8):
         mesh = mesh_of(count)
         draw = jax.jit(devices.draw(mesh, episodes.sample_batch, 8))
-        found = draw(devices.place(mesh, dataset), key)
+        found = draw(devices.place(mesh, dataset), key, jnp.int32(0))
         jax.tree.map(np.testing.assert_array_equal, expected, found)
         assert found.query_inputs.sharding.spec == PartitionSpec("tasks")
 
 
-def test_a_run_on_two_devices_is_the_run_on_one():
+def test_a_run_is_the_same_on_two_devices_and_from_data_on_the_host():
     config = Config("protonet", ways=2, queries=1, test_queries=1, width=2, tasks=2, meta_steps=4)
     found = []
-    for mesh in (None, mesh_of(2)):
-        trainer = make_trainer(config, mesh)
+    for on_host, mesh in ((False, None), (False, mesh_of(2)), (True, None), (True, mesh_of(2))):
+        trainer = make_trainer(replace(config, on_host=on_host), mesh)
         block = trainer.compile()
         if mesh is not None:
-            assert messages(block) == ["all-reduce"]
-        state, metrics = block(trainer.init(), trainer.splits["train"], jnp.int32(2))
+            assert messages(block.program) == ["all-reduce"]
+        state, metrics = block(trainer.init(), trainer.splits["train"], 2)
+        assert int(state.step) == 2
         accuracy = trainer.evaluator(state, "test", trainer.judged["any styles"], 3, 3)
-        found.append((state.meta_params, metrics.loss, accuracy))
-    assert_close(found[0][:2], found[1][:2], 1e-3)
-    assert found[0][2].mean == pytest.approx(found[1][2].mean, abs=0.2)
+        found.append((state.meta_params, metrics.loss, metrics.counts, accuracy))
+    for other in found[1:]:
+        assert_close(found[0][:3], other[:3], 1e-3)
+        assert found[0][3].mean == pytest.approx(other[3].mean, abs=0.2)
 
 
 def test_an_explicit_mesh_is_taken_as_it_comes():

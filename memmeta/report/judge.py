@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from memmeta import checkpoints
 from memmeta.algorithms import Learner
 from memmeta.config import Config
-from memmeta.data import DataError, Dataset, Episodes
+from memmeta.data import DataError, Dataset, Episodes, HostDataset
 from memmeta.evaluate import Interval, confidence_interval
 from memmeta.problem import MetaParams, Params, Scalar, Task
 from memmeta.run_folder import RunFolder
@@ -94,10 +94,9 @@ def judge(path: Path, name: str, episodes: int) -> Judged:
         return known(None, {}, None)
     trainer = make_trainer(config)
     state = checkpoints.restore(folder.checkpoints, trainer.init())
-    dataset = trainer.splits["test"]
-    if not isinstance(dataset, Dataset):
-        return known(int(state.step), {}, None)
-    learner = config.learner(dataset, test=True)
+    test = trainer.splits["test"]
+    dataset = test.to_device() if isinstance(test, HostDataset) else test
+    learner = config.learner(dataset.example_shape, test=True)
     sampler = trainer.judged["any styles"]
     groups = by_group(learner, state.meta_params, dataset, sampler, episodes)
     episode = one_episode(learner, state.meta_params, dataset, sampler, config.ways)
