@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from memmeta import trees
 from memmeta.hypergradient.error_estimate import can_be_judged, loop_error
 from memmeta.hypergradient.estimator import Embedded, bind, embedded
+from memmeta.hypergradient.over_tasks import over_tasks
 from memmeta.hypergradient.report import Report, unsolved_report
 from memmeta.inner import InnerLoop, InnerState, widened
 from memmeta.problem import Batch, Context, MetaParams, Problem, Scalar
@@ -37,7 +38,7 @@ def losses_and_reports(
         loss, aux = task.outer_loss(state.params, active)
         return loss, aux, reported(task, inner, chunk, state, active, estimate_error)
 
-    return jax.vmap(one_task)(chunk.active, chunk.passive)
+    return over_tasks(one_task, chunk.active, chunk.passive)
 
 
 def reported(
@@ -83,7 +84,7 @@ def task_losses(
         context = problem.embed(theta, task)
         return wide_problem.outer_loss(inner.run(wide_problem, wide, context).params, context)[0]
 
-    return jax.vmap(one_task)(tasks)
+    return over_tasks(one_task, tasks)
 
 
 def along_directions(

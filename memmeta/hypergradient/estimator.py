@@ -8,6 +8,7 @@ whole chunk, and pulls the rules' cotangents back through it once, so that no ar
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from memmeta import trees
+from memmeta.hypergradient.over_tasks import over_tasks
 from memmeta.hypergradient.report import Report
 from memmeta.hypergradient.structural_zeros import Seen, refuse_structural_zeros
 from memmeta.hypergradient.warm import Memory, unpacked
@@ -100,7 +102,7 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
 
     def embed(floats: MetaParams) -> tuple[Context, Params]:
         theta = trees.merge(floats, others)
-        return jax.vmap(problem.embed, in_axes=(None, 0))(theta, tasks), problem.init(theta)
+        return over_tasks(partial(problem.embed, theta), tasks), problem.init(theta)
 
     dependent, start_dependent = trees.dependence(embed, floats)
 
@@ -163,7 +165,7 @@ def per_task(
             start = chunk.start if memory is None else memory
             return rule(bind(chunk.problem, passive), inner, start, active)
 
-        found = jax.vmap(one_task)(chunk.active, chunk.passive, memory)
+        found = over_tasks(one_task, chunk.active, chunk.passive, memory)
         context_bar = _or_zeros(found.context, chunk.active)
         start_bar = _or_zeros(found.start, jax.vmap(lambda _: chunk.start)(weights))
         usable = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar)) & (weights > 0)

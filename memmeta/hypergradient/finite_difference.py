@@ -18,6 +18,7 @@ from memmeta.hypergradient.estimator import (
     embedded,
     weighted,
 )
+from memmeta.hypergradient.over_tasks import over_tasks
 from memmeta.inner import InnerLoop, widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem
 
@@ -67,13 +68,13 @@ def finite_difference(
         chunk = embedded(problem, meta_params, tasks)
         length = step_length(scale, floats)
         direct = partial(_direct_part, inner, chunk, estimate_error)
-        found = jax.vmap(direct)(chunk.active, chunk.passive)
+        found = over_tasks(direct, chunk.active, chunk.passive)
 
         def solutions(floats: MetaParams) -> Params:
             theta = trees.merge(floats, others)
             wide_problem, start, _ = widened(problem, problem.init(theta))
-            contexts = jax.vmap(problem.embed, in_axes=(None, 0))(theta, tasks)
-            return jax.vmap(lambda c: inner.run(wide_problem, start, c).params)(contexts)
+            contexts = over_tasks(partial(problem.embed, theta), tasks)
+            return over_tasks(lambda c: inner.run(wide_problem, start, c).params, contexts)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             plus, minus = (solutions(shifted(floats, direction, sign * length)) for sign in (1, -1))
