@@ -43,6 +43,13 @@ class Case(NamedTuple):
         ending = f":{self.formulation}" if self.formulation else ""
         return f"{self.workload}:{self.method}:{self.steps}{ending}"
 
+    @property
+    def tolerance(self) -> float:
+        """Relative, of losses and gradient norms, in float32."""
+        # Conjugate gradients after 50 steps of a network: PyTorch's own norm moves by 2 % from one
+        # thread to two.
+        return 0.03 if self.method == "imaml" and self.steps > 5 else 0.01
+
 
 CASES = [
     *(Case("a", m, t, 1.5 if t < 10 else None) for m in ("maml", "anil", "fomaml") for t in (1, 5)),
@@ -61,8 +68,6 @@ CASES = [
 QUICK = ["a:maml:1", "b32:memory_reduced:20"]
 PATIENCE = 8.0
 """Seconds of measuring after which one contestant is not measured again."""
-TOLERANCE = 0.01
-"""Relative, of losses and gradient norms in float32 after up to 50 inner steps."""
 
 
 def contestants(case: Case, tasks: int, mesh: Any) -> tuple[dict[str, Callable], Callable]:
@@ -136,7 +141,7 @@ def measure(case: Case, options: argparse.Namespace, mesh: Any) -> list[Row]:
     ours = float(np.median(seconds["memmeta"]))
     for name, found in first.items():
         apart = max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
-        comparable = apart <= TOLERANCE or (name == "memmeta" and bool(case.formulation))
+        comparable = apart <= case.tolerance or (name == "memmeta" and bool(case.formulation))
         median = float(np.median(seconds[name]))
         rows.append(
             {

@@ -70,8 +70,7 @@ class Run:
     def __init__(self, method: str, count: int, tasks: int) -> None:
         made = learner(SMALL.network(), method, STEPS)
         mesh = devices.task_mesh(jax.devices()[:count]) if count > 1 else None
-        parts = (made.problem, made.inner, made.estimator, optax.sgd(1.0))
-        step = mm.make_meta_step(*parts, task_chunk=1, mesh=mesh)
+        step = made.make_meta_step(optax.sgd(1.0), task_chunk=1, mesh=mesh)
         theta = made.init(jax.random.key(0))
         batch = jax.jit(SMALL._replace(tasks=tasks).batch)()
         batch = devices.place(mesh, batch, PartitionSpec(devices.TASKS))
@@ -137,8 +136,7 @@ def full_size(quick: bool) -> dict[str, Work]:
     for name, (load, network) in networks.items():
         for method, steps in (("memory_reduced", 20), ("imaml", 5), ("maml", 5)):
             made = learner(network, method, steps)
-            parts = (made.problem, made.inner, made.estimator, optax.adam(1e-3))
-            step = mm.make_meta_step(*parts, task_chunk=None, mesh=mesh)
+            step = made.make_meta_step(optax.adam(1e-3), task_chunk=None, mesh=mesh)
             theta = jax.eval_shape(made.init, jax.random.key(0))
             two = load._replace(tasks=2).shapes()
             found[f"{method}, T = {steps}, {name}"] = work(step, theta, two, steps)

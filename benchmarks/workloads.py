@@ -149,8 +149,7 @@ VARIANTS: dict[str, Callable[..., Learner]] = {
 
 def meta_step(made: Learner, chunk: TaskChunk, mesh: Any = None) -> mm.MetaStep:
     """One outer iteration with Adam."""
-    parts = (made.problem, made.inner, made.estimator, optax.adam(1e-3))
-    return mm.make_meta_step(*parts, task_chunk=chunk, mesh=mesh)
+    return made.make_meta_step(optax.adam(1e-3), task_chunk=chunk, mesh=mesh)
 
 
 def compiled(function: Callable, *arguments: Any, quick: bool = True) -> jax.stages.Compiled:

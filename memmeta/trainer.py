@@ -26,7 +26,7 @@ from memmeta.data import (
     load_host,
 )
 from memmeta.evaluate import Interval, confidence_interval
-from memmeta.meta_step import MetaState, MetaStep, make_meta_step
+from memmeta.meta_step import MetaState, MetaStep
 from memmeta.problem import Batch, MetaParams
 
 # Tags that keep the run's random draws apart from one another.
@@ -179,13 +179,8 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     for name, sampler in product(("validation", "test"), judged.values()):
         _check(sampler, splits[name])
     learner = config.learner(splits["train"].example_shape)
-    meta_step = make_meta_step(
-        learner.problem,
-        learner.inner,
-        learner.estimator,
-        config.optimizer(),
-        task_chunk=config.task_chunk or "auto",
-        mesh=mesh,
+    meta_step = learner.make_meta_step(
+        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh
     )
     if not config.on_host:
         splits = {name: devices.place(meta_step.mesh, split) for name, split in splits.items()}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from memmeta.evaluate import Evaluation, evaluate
@@ -31,12 +32,15 @@ class Learner:
     init: Callable[[Key[Array, ""]], MetaParams]
 
     def make_meta_step(
-        self, optimizer: optax.GradientTransformation, *, task_chunk: TaskChunk = "auto"
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        task_chunk: TaskChunk = "auto",
+        mesh: Mesh | None = None,
     ) -> MetaStep:
         """`memmeta.make_meta_step` with this method's problem, inner loop and estimator."""
-        return make_meta_step(
-            self.problem, self.inner, self.estimator, optimizer, task_chunk=task_chunk
-        )
+        parts = (self.problem, self.inner, self.estimator, optimizer)
+        return make_meta_step(*parts, task_chunk=task_chunk, mesh=mesh)
 
     def evaluate(
         self,
