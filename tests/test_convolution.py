@@ -14,6 +14,7 @@ from memmeta.models.pooling import max_pool
 SHAPES = [  # examples, height, width, channels, kernel rows, kernel columns, filters
     (2, 5, 4, 3, 3, 3, 2),
     (7, 2, 7, 1, 3, 3, 4),
+    (7, 2, 2, 3, 3, 3, 2),
     (2, 6, 5, 2, 5, 3, 2),
     (2, 4, 4, 3, 1, 1, 5),
 ]
