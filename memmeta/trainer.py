@@ -125,10 +125,12 @@ class Trainer:
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
             _check(episodes, dataset)
-            found = [
-                accuracies(state.meta_params, self.tasks(episodes, dataset, key, together, first))
-                for first in range(0, count, together)
-            ]
+            found = []
+            for first in range(0, count, together):
+                tasks = self.tasks(episodes, dataset, key, together, first)
+                # One at a time: the threads of a CPU that wait for the other devices' results of
+                # several programs can be all there are, and then nobody works on any of them.
+                found.append(np.asarray(accuracies(state.meta_params, tasks)))
             return confidence_interval(np.concatenate(found)[:count])
 
         return evaluate
