@@ -139,6 +139,9 @@ def test_remarks_say_what_went_wrong(judged):
     assert remarks(judged) == [
         "nothing unusual: every task was finite, and every linear system was solved"
     ]
+    unsolved = judged.lines[-1] | {"linear_iterations": 0.0}
+    said = remarks(dataclasses.replace(judged, lines=[unsolved]))
+    assert said == ["nothing unusual: every task was finite"]
     line = judged.lines[-1] | {"masked": 3, "linear_residual": 0.5}
     best = line | {"validation_accuracy": 0.9, "validation_interval": 0.01}
     last = line | {"step": 3, "validation_accuracy": 0.2, "validation_interval": 0.01}

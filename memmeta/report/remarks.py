@@ -41,7 +41,8 @@ def remarks(run: Judged) -> list[str]:
     found += _fallen(run)
     if run.step is None:
         found.append("no checkpoint yet, so there are no test figures")
-    return found or ["nothing unusual: every task was finite, and every linear system was solved"]
+    solved = ", and every linear system was solved" if last.get("linear_iterations") else ""
+    return found or [f"nothing unusual: every task was finite{solved}"]
 
 
 def _fallen(run: Judged) -> list[str]:
