@@ -59,6 +59,15 @@ def assert_close(first, second, tolerance=1e-10):
     )
 
 
+def without_iterations(metrics):
+    """Rounding decides whether a linear solver that is done makes one step more."""
+
+    def without(found):
+        return found._replace(report=found.report._replace(linear_iterations=0))
+
+    return without(metrics)._replace(tasks=without(metrics.tasks))
+
+
 @pytest.mark.parametrize("name", ANY_PROBLEM)
 def test_eight_devices_give_what_one_gives(x64, name):
     tasks = quadratic_tasks(jax.random.key(1), tasks=8)
@@ -69,7 +78,7 @@ def test_eight_devices_give_what_one_gives(x64, name):
         found.append(step(step.init(theta, jax.random.key(4)), tasks))
     (alone, alone_metrics), (spread, metrics) = found
     assert_close(alone.meta_params, spread.meta_params)
-    assert_close(alone_metrics, metrics)
+    assert_close(without_iterations(alone_metrics), without_iterations(metrics))
     assert metrics.tasks.loss.sharding.spec == PartitionSpec("tasks")
 
 
