@@ -80,7 +80,7 @@ class Trainer:
         """
         mesh, number = self.meta_step.mesh, jnp.asarray(first, jnp.int32)
         if isinstance(dataset, HostDataset):
-            drawn = HostEpisodes(episodes).sample_batch(dataset, key, count, number)
+            drawn = HostEpisodes(episodes).sample_batch(dataset, _here(key), count, number)
             return devices.place(mesh, drawn, PartitionSpec(devices.TASKS))
         return _drawn(mesh, episodes, count, dataset, key, number)
 
@@ -91,7 +91,7 @@ class Trainer:
 
     def batches(self, state: MetaState, dataset: HostDataset, count: int) -> Iterator[Batch]:
         """`batch` for the next `count` meta-steps, made ready while another is in use."""
-        key, step = jax.random.fold_in(state.key, TRAIN), int(state.step)
+        key, step = jax.random.fold_in(_here(state.key), TRAIN), int(state.step)
         keys = (jax.random.fold_in(key, number) for number in range(step, step + count))
         for drawn in HostEpisodes(self.training).stream(dataset, keys, self.config.tasks):
             yield devices.place(self.meta_step.mesh, drawn, PartitionSpec(devices.TASKS))
@@ -146,6 +146,12 @@ def _drawn(
     first: Int32[Array, ""],
 ) -> Batch:
     return devices.draw(mesh, episodes.sample_batch, count)(dataset, key, first)
+
+
+def _here(key: Key[Array, ""]) -> Key[Array, ""]:
+    """A key that is on all devices, on this process's own: what is drawn by it is not on all."""
+    words = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
 def _index(split: Dataset | HostDataset) -> Dataset:

@@ -184,6 +184,8 @@ def test_a_run_is_the_same_on_two_devices_and_from_data_on_the_host():
         block = trainer.compile()
         if mesh is not None:
             assert messages(block.program) == ["all-reduce"]
+            batch = trainer.batch(trainer.init(), trainer.splits["train"])
+            assert batch.query_inputs.sharding.spec == PartitionSpec("tasks")
         state, metrics = block(trainer.init(), trainer.splits["train"], 2)
         assert int(state.step) == 2
         accuracy = trainer.evaluator(state, "test", trainer.judged["any styles"], 3, 3)
