@@ -124,7 +124,7 @@ class Trainer:
             # The same episodes whatever the run's seed, so that runs can be compared.
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
-            _check(episodes, dataset)
+            episodes.check(_index(dataset))
             found = []
             for first in range(0, count, together):
                 tasks = self.tasks(episodes, dataset, key, together, first)
@@ -159,10 +159,6 @@ def _index(split: Dataset | HostDataset) -> Dataset:
     return split.index if isinstance(split, HostDataset) else split
 
 
-def _check(episodes: Episodes, split: Dataset | HostDataset) -> None:
-    episodes.check(_index(split))
-
-
 def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """Load the data and put a run's pieces together.
 
@@ -183,9 +179,9 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     train, normalised = _index(splits["train"]), config.normalised(splits["train"])
     training = config.training_episodes(train, normalised)
     judged = config.test_episodes(train, normalised)
-    _check(training, train)
+    training.check(train)
     for name, sampler in product(("validation", "test"), judged.values()):
-        _check(sampler, splits[name])
+        sampler.check(_index(splits[name]))
     learner = config.learner(splits["train"].example_shape)
     meta_step = learner.make_meta_step(
         config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh

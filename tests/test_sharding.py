@@ -79,6 +79,8 @@ def test_eight_devices_give_what_one_gives(x64, name):
     (alone, alone_metrics), (spread, metrics) = found
     assert_close(alone.meta_params, spread.meta_params)
     assert_close(without_iterations(alone_metrics), without_iterations(metrics))
+    counts = [found.tasks.report.linear_iterations for found in (alone_metrics, metrics)]
+    np.testing.assert_allclose(*counts, atol=1)
     assert metrics.tasks.loss.sharding.spec == PartitionSpec("tasks")
 
 

@@ -51,7 +51,7 @@ def convolve_in_turn(images: Images, kernels: Kernels) -> Cotangents:
     """One task after the other: grouped convolutions are slow on a CPU."""
     channels, filters = kernels.shape[-2:]
     if channels > 1 and channels % 2 and filters <= FEW_FILTERS:
-        images, kernels = _one_more(images, -1), _one_more(kernels, -2)
+        images, kernels = _with_zeros(images, -1, 1), _with_zeros(kernels, -2, 1)
     return _in_turn(convolve_one, images, kernels)
 
 
@@ -122,14 +122,13 @@ def _by_fours(number: int) -> int:
 
 def _to_fours(images: Array) -> Array:
     """With as many images of zeros behind it as make a multiple of four, from three images on."""
-    missing = -len(images) % 4 if len(images) > 2 else 0
-    return jnp.pad(images, ((0, missing),) + ((0, 0),) * (images.ndim - 1))
+    return _with_zeros(images, 0, -len(images) % 4 if len(images) > 2 else 0)
 
 
-def _one_more(array: Array, axis: int) -> Array:
-    """With a zero at the end of an axis."""
+def _with_zeros(array: Array, axis: int, number: int) -> Array:
+    """With zeros at the end of an axis."""
     widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, 1)
+    widths[axis] = (0, number)
     return jnp.pad(array, widths)
 
 
