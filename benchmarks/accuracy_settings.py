@@ -236,18 +236,3 @@ def make_learner(
         head_scale=1.0,  # read only by methods that learn the head's start
     )
     return METHODS[method](network, statistics=statistics, **options)
-
-
-OMNIGLOT = {
-    "maml": ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2"),
-    "fomaml": ("98.3 ± 0.5", "99.2 ± 0.2", "89.4 ± 0.5", "97.9 ± 0.1"),
-    "reptile": ("97.7 ± 0.0", "99.5 ± 0.1", "89.4 ± 0.1", "97.1 ± 0.3"),
-    "imaml": ("99.2 ± 0.4", "99.7 ± 0.1", "94.5 ± 0.4", "98.7 ± 0.1"),
-}
-"""Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2: 5-way 1- and 5-shot, then 20-way."""
-PUBLISHED: dict[tuple[Setting, str], str] = {
-    (Setting("omniglot", ways, shots), method): figure
-    for method, figures in OMNIGLOT.items()
-    for (ways, shots), figure in zip(((5, 1), (5, 5), (20, 1), (20, 5)), figures, strict=True)
-}
-"""Accuracies in % that others printed, never measured here."""

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.accuracy_runs import BASELINE, STATISTICS, Record
-from benchmarks.accuracy_settings import PUBLISHED, Setting
+from benchmarks.accuracy_settings import Setting
+from benchmarks.published import PUBLISHED, sources
 
 KINDS = {"tuned": "", "authors": ", as the authors ran it", "same_inner": ", same inner loop"}
 IDENTITY = ("data", "ways", "shots", "method", "preset", "split", "seed", "sizes")
@@ -103,27 +104,31 @@ def _one_table(setting: Setting, records: Sequence[Record]) -> str:
     for kind in kinds:
         of_kind = "" if setting.curves else f", {kind}"
         columns += [f"{what}{of_kind}, T steps", f"{what}{of_kind}, 2 T"]
-    columns += ["T", "meta-steps", "seconds", "MB", "seeds", "published"]
+    columns += ["T", "meta-steps", "seconds", "MB", "seeds"]
     by_best = sorted(groups(records), key=best, reverse=not setting.curves)
-    rows = [columns, ["---"] * len(columns)]
-    for group in by_best:
-        rows.append(_row(setting, group, kinds))
+    rows = [_row(group, kinds) for group in by_best]
+    published = [PUBLISHED.get((setting, group[0]["method"]), "") for group in by_best]
+    if any(published):
+        columns.append("published")
+        rows = [[*row, figure] for row, figure in zip(rows, published, strict=True)]
+    rows = [columns, ["---"] * len(columns), *rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"\n**{setting}**\n", *lines])
+    notes = ["", *sources(published)] if any(published) else []
+    return "\n".join([f"\n**{setting}**\n", *lines, *notes])
 
 
-def _row(setting: Setting, group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
+def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
     first = group[0]
     method, preset = first["method"], first["preset"]
     cells = [method + KINDS[preset]]
-    scale = 1.0 if setting.curves else 100.0
+    scale = 1.0 if setting_of(first).curves else 100.0
     for kind in kinds:
         by_steps = [list(record["figures"][kind].values()) for record in group]
         for stage in range(2):
             one_more = len(by_steps[0]) > stage
             cells.append(summary([f[stage] for f in by_steps], scale) if one_more else "–")
     if method == BASELINE:
-        return [*cells, *["–"] * 5, ""]
+        return [*cells, *["–"] * 5]
     return [
         *cells,
         next(iter(first["figures"][kinds[0]])),
@@ -131,7 +136,6 @@ def _row(setting: Setting, group: Sequence[Record], kinds: Sequence[str]) -> lis
         f"{np.mean([record['seconds'] for record in group]):.1f}",
         f"{first['temporary_megabytes']:.1f}",
         str(len(group)),
-        PUBLISHED.get((setting, method), ""),
     ]
 
 

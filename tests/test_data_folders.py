@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memmeta.data import DataError, Episodes, HostDataset, cache, folders, load, load_host
-from memmeta.data.class_splits import drawn_split
+from memmeta.data.class_splits import drawn_split, published_split
 from memmeta.data.plan import ClassItems, Plan
 
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
@@ -271,8 +271,57 @@ def test_tiered_imagenet_has_its_published_split_and_categories(tmp_path):
     assert [len({item.group for item in splits[split]}) for split in SPLITS] == [18, 5, 8]
     (root / "test" / "n00000607" / "0.jpg").unlink()
     (root / "test" / "n00000607").rmdir()
-    with pytest.raises(DataError, match=r"found Known\(.*test=159\), expected .*test=160"):
+    with pytest.raises(DataError, match=r"have \[351, 97, 159\] classes, .* has \[351, 97, 160\]"):
         load("tiered_imagenet", "train", tmp_path)
+
+
+def test_mini_imagenet_from_class_folders_alone(tmp_path):
+    """Named by their WordNet ids, they need no lists; further classes of ImageNet are left out."""
+    root = tmp_path / "mini_imagenet"
+    listed = published_split("mini_imagenet").split_of
+    write_classes(root, [*listed, "n01440764"], examples=1)
+    found = {split: load_host("mini_imagenet", split, tmp_path).index for split in SPLITS}
+    assert [len(dataset.class_names) for dataset in found.values()] == [64, 16, 20]
+    assert "n03544143" in found["test"].class_names  # hourglass
+    assert "n09256479" in found["validation"].class_names  # coral reef
+
+
+def test_tiered_imagenet_from_folders_of_categories(tmp_path):
+    """The published list gives the categories, and so do folders of them; no class is elsewhere."""
+    published = published_split("tiered_imagenet")
+    for number, (label, category) in enumerate(published.group_of.items()):
+        path = tmp_path / "tiered_imagenet" / (label if number % 2 else f"{category}/{label}")
+        path.mkdir(parents=True)
+        (path / "0.jpg").touch()
+    splits = folders.make_plan("tiered_imagenet", "tiered_imagenet", 0, tmp_path).splits
+    assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
+    assert [len({item.group for item in splits[split]}) for split in SPLITS] == [20, 6, 8]
+    assert {item.group for item in splits["test"]} >= {"n02159955", "n09287968"}  # insects, shores
+
+
+def items(names, examples=1):
+    return [ClassItems(name, "", range(examples)) for name in names]
+
+
+def test_splits_that_are_not_the_published_one():
+    published = published_split("mini_imagenet")
+    of = {
+        split: [name for name in published.split_of if published.split_of[name] == split]
+        for split in SPLITS
+    }
+    right = {split: items(names) for split, names in of.items()}
+    assert published.check(right) == right
+    of["train"][0], of["test"][0] = of["test"][0], of["train"][0]
+    wrong = {split: items(names) for split, names in of.items()}
+    with pytest.raises(DataError, match=r"n01532829 is in test, .* it is in train: move it"):
+        published.check(wrong)
+    with pytest.raises(DataError, match=r"has 601 examples, .* at most 600"):
+        published.divide(items(published.split_of, 601))
+    own = {split: items(f"{split} {n}" for n in range(len(of[split]))) for split in SPLITS}
+    assert published.check(own) == own  # names of one's own are counted
+    own["test"][0] = items(["n01930112"])[0]
+    with pytest.raises(DataError, match=r"99 of the 100 classes"):
+        published.check(own)
 
 
 def test_a_conversion_shows_how_far_it_is(monkeypatch):
@@ -327,7 +376,9 @@ def test_members_outside_the_folder_are_refused(tmp_path, suffix, write, name):
     data.mkdir()
     write(data / f"mini_imagenet.{suffix}", name)
     if write is evil_tar and name.startswith("/"):  # tar names are taken relative to the folder
-        with pytest.raises(DataError, match="neither the folders"):
+        with pytest.raises(
+            DataError, match=r"100 of the 100 classes .* not there, such as n01532829"
+        ):
             load("mini_imagenet", "train", data)
     else:
         with pytest.raises(DataError, match=r"mini_imagenet\.(zip|tar)"):
@@ -353,7 +404,7 @@ def test_archive_must_agree_with_its_checksum(tmp_path):
 
 def wrong_number(root):
     make_mini(root, (63, 16, 20))
-    return r"found Known\(train=63, .* expected Known\(train=64"
+    return r"have \[63, 16, 20\] classes, .* has \[64, 16, 20\]"
 
 
 def listed_twice(root):

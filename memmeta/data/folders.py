@@ -8,46 +8,33 @@ import unicodedata
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from memmeta.data.archive import unpack
 from memmeta.data.cache import ensure_cache, open_cache
-from memmeta.data.class_splits import drawn_split
+from memmeta.data.class_splits import drawn_split, published_split
 from memmeta.data.dataset import DataError
 from memmeta.data.host import HostDataset
 from memmeta.data.images import SUFFIXES, read_image
 from memmeta.data.plan import ClassItems, Plan
 
-SPLITS = ("train", "validation", "test")
 SIZE = 84
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-
-
-class Known(NamedTuple):
-    """A published data set: how many classes each of its splits has."""
-
-    train: int
-    validation: int
-    test: int
-
-
-KNOWN = {
-    # Ravi and Larochelle (ICLR 2017); Ren et al. (ICLR 2018)
-    "mini_imagenet": Known(64, 16, 20),
-    "tiered_imagenet": Known(351, 97, 160),
-}
+PUBLISHED = ("mini_imagenet", "tiered_imagenet")
 
 
 def load_folder(name: str, split: str, data_dir: Path | None) -> HostDataset:
     """One split of a data set of image files, 84 x 84 RGB, converted on first use.
 
     `mini_imagenet` and `tiered_imagenet` are looked for in `data_dir/<name>`, or in an archive of
-    that name (.zip, .tar, .tar.gz, .tgz), which is unpacked. They hold either a folder for each
-    split (train, val or validation, test) with a folder for each class, or a CSV file for each
-    split with the columns filename and label. `categories.csv`, with the columns label and
-    category, gives the classes their groups; without it a class's group is the folder above it.
+    that name (.zip, .tar, .tar.gz, .tgz), which is unpacked. They hold a folder for each class,
+    named by its WordNet id; or a folder for each split (train, val or validation, test) with a
+    folder for each class; or a CSV file for each split with the columns filename and label. The
+    split must be the published one (`class_splits/`), which also gives the classes of
+    `tiered_imagenet` their groups; class folders that it does not name are left out.
+    `categories.csv`, with the columns label and category, gives groups of one's own; without
+    either a class's group is the folder above it.
 
     `folder` is `data_dir` itself: split folders as above, or class folders only, whose split is
     drawn: 64, 16 and 20 % of the classes. `folder:SEED` draws another.
@@ -92,20 +79,16 @@ def make_plan(name: str, kind: str, seed: int, data_dir: Path) -> Plan:
         DataError: as `load_folder`.
     """
     root = data_dir if kind == "folder" else _root(name, data_dir)
-    splits = _split_folders(root) or _split_lists(root)
-    if splits is None and kind == "folder":
+    given = _split_folders(root) or _split_lists(root)
+    if kind in PUBLISHED:
+        published = published_split(kind)
+        splits = published.check(given) if given else published.divide(_classes(root, root))
+    elif given:
+        splits = given
+    else:
         classes = _classes(root, root)
         counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
         splits = drawn_split(classes, seed, *counts)
-    if splits is None:
-        raise DataError(
-            f"{name}: {root} has neither the folders train, validation and test nor CSV files of "
-            "these names"
-        )
-    if kind in KNOWN:
-        found = Known(*(len(splits[split]) for split in SPLITS))
-        if found != KNOWN[kind]:
-            raise DataError(f"{name}: found {found}, expected {KNOWN[kind]}")
     splits = _with_categories(root / "categories.csv", splits)
     return Plan(name, (SIZE, SIZE, 3), splits, partial(_read, root))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from memmeta.data.cache import ensure_cache, open_cache
-from memmeta.data.class_splits import drawn_split, read_class_split
+from memmeta.data.class_splits import drawn_split, published_split
 from memmeta.data.dataset import DataError
 from memmeta.data.host import HostDataset, with_rotations
 from memmeta.data.images import resized
@@ -116,7 +116,7 @@ def make_plan(name: str, data_dir: Path | None) -> Plan:
         return _any(name, data_dir)
     source, _ = read_source("cifar100", data_dir, ("label", "coarse_label"))
     classes = source.classes("coarse_label", source.examples)
-    splits = read_class_split(name, classes)
+    splits = published_split(name).divide(classes)
     return Plan(name, (32, 32, 3), splits, lambda item: _image(source, item))
 
 

@@ -130,6 +130,7 @@ def sampler(
     ways: int | tuple[int, int] = 5,
     shots: int | tuple[int, int] = 5,
     queries: int = 15,
+    within_group: bool | None = None,
     cross_family: bool = False,
     augmentation: Augmentation | None = None,
 ) -> Episodes | HostEpisodes | Points:
@@ -140,6 +141,7 @@ def sampler(
         ways: classes in a task, see `Episodes`; curves have none and take no notice of it.
         shots: support examples of each class, or support points.
         queries: query examples of each class, or query points.
+        within_group: see `Episodes`; only for classes.
         cross_family: see `Episodes`; only for classes.
         augmentation: of the images; only for classes.
 
@@ -147,20 +149,19 @@ def sampler(
         The sampler; all kinds are frozen dataclasses with `check` and `sample_batch`.
 
     Raises:
-        DataError: `cross_family`, an augmentation or a range of shots is asked of curves.
+        DataError: `within_group`, `cross_family`, an augmentation or a range of shots is asked of
+            curves.
 
     Example:
         >>> sampler(load("tides", "train"), shots=10)
         Points(shots=10, queries=15)
     """
     if isinstance(dataset, Dataset | HostDataset):
-        episodes = Episodes(
-            ways, shots, queries, cross_family=cross_family, augmentation=augmentation
-        )
+        episodes = Episodes(ways, shots, queries, within_group, cross_family, augmentation)
         return episodes if isinstance(dataset, Dataset) else HostEpisodes(episodes)
-    if cross_family or augmentation is not None or not isinstance(shots, int):
+    if within_group or cross_family or augmentation is not None or not isinstance(shots, int):
         raise DataError(
-            f"{dataset.name} has curves: cross_family, augmentation and a range of shots are for "
-            "classes of examples"
+            f"{dataset.name} has curves: within_group, cross_family, augmentation and a range of "
+            "shots are for classes of examples"
         )
     return Points(shots, queries)
