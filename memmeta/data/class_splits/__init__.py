@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from memmeta.data.dataset import DataError
@@ -94,7 +95,7 @@ class ClassSplit:
                 f"{expected}"
             )
         given = {item.name: split for split, classes in splits.items() for item in classes}
-        classes = [item for found in splits.values() for item in found]
+        classes = list(chain.from_iterable(splits.values()))
         if self.labels.isdisjoint(map(label_of, classes)):
             return splits
         published = self.divide(classes)
