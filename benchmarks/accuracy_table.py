@@ -1,6 +1,7 @@
 """Lines of results, and the table and the picture that are made from them alone."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,16 +89,26 @@ def summary(figures: Sequence[dict[str, float]], scale: float) -> str:
     return text
 
 
+def cases(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """What can be compared, by its title: one kind of task, as many seconds of training."""
+    found: dict[tuple[Setting, float], list[Record]] = {}
+    for record in records:
+        case = (setting_of(record), record["sizes"]["seconds"])
+        found.setdefault(case, []).append(record)
+    times = Counter(setting for setting, _ in found)
+    return {
+        f"{setting}, {seconds:g} s" if times[setting] > 1 else str(setting): of_case
+        for (setting, seconds), of_case in found.items()
+    }
+
+
 def table(records: Sequence[Record]) -> str:
-    """One table a setting, in Markdown, the best method first."""
-    settings = dict.fromkeys(setting_of(record) for record in records)
-    return "\n".join(
-        _one_table(setting, [r for r in records if setting_of(r) == setting])
-        for setting in settings
-    )
+    """One table a case, in Markdown, the best method first."""
+    return "\n".join(_one_table(title, found) for title, found in cases(records).items())
 
 
-def _one_table(setting: Setting, records: Sequence[Record]) -> str:
+def _one_table(title: str, records: Sequence[Record]) -> str:
+    setting = setting_of(records[0])
     kinds = STATISTICS[:1] if setting.curves else STATISTICS
     what = "error / variance" if setting.curves else "accuracy, %"
     columns = ["method"]
@@ -114,7 +125,7 @@ def _one_table(setting: Setting, records: Sequence[Record]) -> str:
     rows = [columns, ["---"] * len(columns), *rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = ["", *sources(published)] if any(published) else []
-    return "\n".join([f"\n**{setting}**\n", *lines, *notes])
+    return "\n".join([f"\n**{title}**\n", *lines, *notes])
 
 
 def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
@@ -140,20 +151,21 @@ def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
 
 
 def picture(records: Sequence[Record], path: Path) -> None:
-    """One panel a setting: every seed as a point, with its interval over tasks."""
-    settings = list(dict.fromkeys(setting_of(record) for record in records))
-    columns = min(2, len(settings))
-    rows = -(-len(settings) // columns)
+    """One panel a case: every seed as a point, with its interval over tasks."""
+    of_cases = cases(records)
+    columns = min(2, len(of_cases))
+    rows = -(-len(of_cases) // columns)
     figure = Figure(figsize=(7 * columns, 4.2 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for setting, panel in zip(settings, panels, strict=False):
-        _panel(panel, setting, [r for r in records if setting_of(r) == setting])
-    for panel in panels[len(settings) :]:
+    for (title, found), panel in zip(of_cases.items(), panels, strict=False):
+        _panel(panel, title, found)
+    for panel in panels[len(of_cases) :]:
         panel.set_visible(False)
     figure.savefig(path, dpi=110)
 
 
-def _panel(panel: Any, setting: Setting, records: Sequence[Record]) -> None:
+def _panel(panel: Any, title: str, records: Sequence[Record]) -> None:
+    setting = setting_of(records[0])
     by_best = sorted(groups(records), key=best, reverse=setting.curves)
     scale = 1.0 if setting.curves else 100.0
     names = []
@@ -173,7 +185,7 @@ def _panel(panel: Any, setting: Setting, records: Sequence[Record]) -> None:
                     color=colour,
                     label=kind if height == seed == 0 and not setting.curves else None,
                 )
-    panel.set(title=str(setting), yticks=range(len(names)), yticklabels=names)
+    panel.set(title=title, yticks=range(len(names)), yticklabels=names)
     panel.set(xlabel="error / variance" if setting.curves else "accuracy, %")
     if setting.curves:
         panel.set(xscale="log")

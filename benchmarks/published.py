@@ -76,7 +76,7 @@ def table() -> str:
 def sources(figures: Collection[str]) -> list[str]:
     """A line for each source of some figures of `PUBLISHED`."""
     return [
-        f"[{number}] {text}.  "
+        f"- [{number}] {text}."
         for number, text in SOURCES.items()
         if any(figure.endswith(f"[{number}]") for figure in figures)
     ]

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,14 @@ import optax
 import pytest
 
 import memmeta as mm
-from benchmarks import accuracy, accuracy_runs, accuracy_settings, accuracy_table, regression
+from benchmarks import (
+    accuracy,
+    accuracy_runs,
+    accuracy_settings,
+    accuracy_table,
+    published,
+    regression,
+)
 from benchmarks.accuracy_settings import Setting, Sizes
 from memmeta.algorithms import METHODS
 from memmeta.models import mlp
@@ -142,11 +150,29 @@ def test_table_from_lines_alone(tmp_path):
     assert names == ["maml, as the authors ran it", "maml", "imaml"]  # the best first
     assert "| 51.0 ± 1.0 (50.0 to 52.0) | – |" in rows[2]
     assert "| 0 | 7 | 2.0 | 3.0 | 2 | 99.2 ± 0.4 [1] |" in rows[2]
-    assert table.endswith("[1] Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2.  ")
+    assert table.endswith("- [1] Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2.")
     assert "published" not in accuracy_table.table([record("maml", 0, 0.6, data="glyphs")])
     path.write_text("{}\nno json\n{}\n")
     with pytest.raises(ValueError, match=r"line 2: expected JSON, found 'no json'"):
         accuracy_table.read(path)
+
+
+def test_only_equal_seconds_are_compared():
+    longer = record("maml", 0, 0.7, sizes=TINY._replace(seconds=60.0)._asdict())
+    both = [record("imaml", 0, 0.5), longer]
+    assert list(accuracy_table.cases(both)) == [
+        "omniglot, 5-way 1-shot, 0 s",
+        "omniglot, 5-way 1-shot, 60 s",
+    ]
+
+
+def test_the_docs_show_what_was_measured():
+    docs = Path(__file__).parents[1] / "docs"
+    page = (docs / "results.md").read_text(encoding="utf-8")
+    tables = accuracy_table.table(accuracy_table.read(docs / "assets" / "accuracy.jsonl"))
+    for table in tables.split("\n\n**"):
+        assert table.strip() in page
+    assert published.table() in page
 
 
 def test_presets_of_the_authors_are_theirs_alone(capsys):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memmeta.data import DataError, Points, archive, load, sampler
+from memmeta.data import DataError, Episodes, Points, archive, load, sampler
 
 NAMES = ("sinusoid", "tides")
 
@@ -133,9 +133,14 @@ def test_spring_tides_follow_new_and_full_moon(constants):
 def test_curves_have_points_and_classes_have_episodes():
     family = load("tides", "train")
     assert sampler(family, ways=20, shots=10, queries=50) == Points(10, 50)
-    with pytest.raises(DataError, match=r"tides has curves"):
-        sampler(family, cross_family=True)
-    assert sampler(load("glyphs", "test"), ways=3, shots=2).ways == 3
+    for name in ("within_group", "cross_family"):
+        with pytest.raises(DataError, match=rf"tides has curves: .*{name}"):
+            sampler(family, **{name: True})
+    glyphs = load("glyphs", "test")
+    assert sampler(glyphs, ways=3, shots=2).ways == 3
+    assert sampler(glyphs, within_group=False, cross_family=True) == Episodes(
+        shots=5, within_group=False, cross_family=True
+    )
 
 
 @pytest.mark.parametrize("name", ["shots", "queries"])
