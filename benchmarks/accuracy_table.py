@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.accuracy_runs import BASELINE, STATISTICS, Record
 from benchmarks.accuracy_settings import Setting
 from benchmarks.published import PUBLISHED, sources
 
 KINDS = {"tuned": "", "authors": ", as the authors ran it", "same_inner": ", same inner loop"}
+DIGITS = {100.0: 1, 1.0: 3}  # of an accuracy in %, and of an error
 IDENTITY = ("data", "ways", "shots", "method", "preset", "split", "seed", "sizes")
 
 
@@ -79,14 +81,20 @@ def _first(record: Record) -> dict[str, float]:
 
 
 def summary(figures: Sequence[dict[str, float]], scale: float) -> str:
-    """Mean over seeds ± the 95 % interval over tasks, and the range over seeds."""
-    means = scale * np.array([figure["mean"] for figure in figures])
+    """Mean over seeds ± the 95 % interval over tasks."""
+    mean = scale * np.mean([figure["mean"] for figure in figures])
     width = scale * np.mean([figure["half_width"] for figure in figures])
-    digits = 1 if scale == 100 else 3
-    text = f"{means.mean():.{digits}f} ± {width:.{digits}f}"
-    if len(means) > 1:
-        text += f" ({means.min():.{digits}f} to {means.max():.{digits}f})"
-    return text
+    digits = DIGITS[scale]
+    return f"{mean:.{digits}f} ± {width:.{digits}f}"
+
+
+def seeds(group: Sequence[Record], scale: float) -> str:
+    """How many, and from what to what the first figure goes."""
+    if len(group) == 1:
+        return "1"
+    means = [scale * _first(record)["mean"] for record in group]
+    digits = DIGITS[scale]
+    return f"{len(group)} ({min(means):.{digits}f}–{max(means):.{digits}f})"
 
 
 def cases(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -98,7 +106,7 @@ def cases(records: Sequence[Record]) -> dict[str, list[Record]]:
     times = Counter(setting for setting, _ in found)
     return {
         f"{setting}, {seconds:g} s" if times[setting] > 1 else str(setting): of_case
-        for (setting, seconds), of_case in found.items()
+        for (setting, seconds), of_case in sorted(found.items(), key=lambda case: case[0])
     }
 
 
@@ -110,12 +118,9 @@ def table(records: Sequence[Record]) -> str:
 def _one_table(title: str, records: Sequence[Record]) -> str:
     setting = setting_of(records[0])
     kinds = STATISTICS[:1] if setting.curves else STATISTICS
-    what = "error / variance" if setting.curves else "accuracy, %"
-    columns = ["method"]
-    for kind in kinds:
-        of_kind = "" if setting.curves else f", {kind}"
-        columns += [f"{what}{of_kind}, T steps", f"{what}{of_kind}, 2 T"]
-    columns += ["T", "meta-steps", "seconds", "MB", "seeds"]
+    stages = [f"{kind}, {steps}" for kind in kinds for steps in ("T", "2 T")]
+    columns = ["method", *(["T", "2 T"] if setting.curves else stages)]
+    columns += ["steps (T)", "meta-steps", "seconds", "MB", "seeds"]
     by_best = sorted(groups(records), key=best, reverse=not setting.curves)
     rows = [_row(group, kinds) for group in by_best]
     published = [PUBLISHED.get((setting, group[0]["method"]), "") for group in by_best]
@@ -125,7 +130,11 @@ def _one_table(title: str, records: Sequence[Record]) -> str:
     rows = [columns, ["---"] * len(columns), *rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = ["", *sources(published)] if any(published) else []
-    return "\n".join([f"\n**{title}**\n", *lines, *notes])
+    return "\n".join([f"\n**{title}**: {_figure(setting)}\n", *lines, *notes])
+
+
+def _figure(setting: Setting) -> str:
+    return "error / variance" if setting.curves else "accuracy, %"
 
 
 def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
@@ -146,7 +155,7 @@ def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
         str(first["meta_steps"]),
         f"{np.mean([record['seconds'] for record in group]):.1f}",
         f"{first['temporary_megabytes']:.1f}",
-        str(len(group)),
+        seeds(group, scale),
     ]
 
 
@@ -186,9 +195,12 @@ def _panel(panel: Any, title: str, records: Sequence[Record]) -> None:
                     label=kind if height == seed == 0 and not setting.curves else None,
                 )
     panel.set(title=title, yticks=range(len(names)), yticklabels=names)
-    panel.set(xlabel="error / variance" if setting.curves else "accuracy, %")
+    panel.set(xlabel=_figure(setting))
     if setting.curves:
         panel.set(xscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     else:
         panel.legend(title="batch statistics at test", fontsize=7)
     panel.grid(alpha=0.3)
