@@ -123,13 +123,15 @@ def _one_table(title: str, records: Sequence[Record]) -> str:
     columns += ["steps (T)", "meta-steps", "seconds", "MB", "seeds"]
     by_best = sorted(groups(records), key=best, reverse=not setting.curves)
     rows = [_row(group, kinds) for group in by_best]
-    published = [PUBLISHED.get((setting, group[0]["method"]), "") for group in by_best]
+    notes = []
+    published = [PUBLISHED.get((setting, group[0]["method"])) for group in by_best]
     if any(published):
         columns.append("published")
-        rows = [[*row, figure] for row, figure in zip(rows, published, strict=True)]
+        for row, found in zip(rows, published, strict=True):
+            row.append(f"{found[0]} [{found[1]}]" if found else "")
+        notes = ["", *sources({found[1] for found in published if found})]
     rows = [columns, ["---"] * len(columns), *rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    notes = ["", *sources(published)] if any(published) else []
     return "\n".join([f"\n**{title}**: {_figure(setting)}\n", *lines, *notes])
 
 

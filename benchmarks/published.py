@@ -53,8 +53,8 @@ ROWS: tuple[tuple[int, str, Name, tuple[str, ...]], ...] = (
 )
 """Source, data set, method, and a figure for each of `WAYS_AND_SHOTS`."""
 
-PUBLISHED: dict[tuple[Setting, str], str] = {
-    (Setting(data, *ways_and_shots), method): f"{figure} [{source}]"
+PUBLISHED: dict[tuple[Setting, str], tuple[str, int]] = {
+    (Setting(data, *ways_and_shots), method): (figure, source)
     for source, data, method, figures in ROWS
     for ways_and_shots, figure in zip(WAYS_AND_SHOTS, figures, strict=False)
     if figure
@@ -70,16 +70,12 @@ def table() -> str:
         missing = [""] * (len(WAYS_AND_SHOTS) - len(figures))
         rows.append([data, method, *figures, *missing, f"[{source}]"])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", *sources(PUBLISHED.values())])
+    return "\n".join([*lines, "", *sources(SOURCES)])
 
 
-def sources(figures: Collection[str]) -> list[str]:
-    """A line for each source of some figures of `PUBLISHED`."""
-    return [
-        f"- [{number}] {text}."
-        for number, text in SOURCES.items()
-        if any(figure.endswith(f"[{number}]") for figure in figures)
-    ]
+def sources(numbers: Collection[int]) -> list[str]:
+    """A line for each of some sources."""
+    return [f"- [{number}] {text}." for number, text in SOURCES.items() if number in numbers]
 
 
 if __name__ == "__main__":

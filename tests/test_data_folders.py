@@ -317,6 +317,8 @@ def test_splits_that_are_not_the_published_one():
         published.check(wrong)
     with pytest.raises(DataError, match=r"has 601 examples, .* at most 600"):
         published.divide(items(published.split_of, 601))
+    with pytest.raises(DataError, match=r"the published split does not name 'dog'"):
+        published.divide(items([*published.split_of, "dog"]))
     own = {split: items(f"{split} {n}" for n in range(len(of[split]))) for split in SPLITS}
     assert published.check(own) == own  # names of one's own are counted
     own["test"][0] = items(["n01930112"])[0]

@@ -13,7 +13,7 @@ import numpy as np
 
 from memmeta.data.archive import unpack
 from memmeta.data.cache import ensure_cache, open_cache
-from memmeta.data.class_splits import drawn_split, published_split
+from memmeta.data.class_splits import ClassSplit, drawn_split, label_of, published_split
 from memmeta.data.dataset import DataError
 from memmeta.data.host import HostDataset
 from memmeta.data.images import SUFFIXES, read_image
@@ -41,7 +41,7 @@ def load_folder(name: str, split: str, data_dir: Path | None) -> HostDataset:
 
     Args:
         name: "mini_imagenet", "tiered_imagenet", "folder" or "folder:SEED".
-        split: one of `SPLITS`.
+        split: "train", "validation" or "test".
         data_dir: the folder, see above; the cache is made in its sub-folder `.memmeta`.
 
     Returns:
@@ -82,7 +82,7 @@ def make_plan(name: str, kind: str, seed: int, data_dir: Path) -> Plan:
     given = _split_folders(root) or _split_lists(root)
     if kind in PUBLISHED:
         published = published_split(kind)
-        splits = published.check(given) if given else published.divide(_classes(root, root))
+        splits = published.check(given) if given else published.divide(_listed_by(published, root))
     elif given:
         splits = given
     else:
@@ -91,6 +91,11 @@ def make_plan(name: str, kind: str, seed: int, data_dir: Path) -> Plan:
         splits = drawn_split(classes, seed, *counts)
     splits = _with_categories(root / "categories.csv", splits)
     return Plan(name, (SIZE, SIZE, 3), splits, partial(_read, root))
+
+
+def _listed_by(published: ClassSplit, root: Path) -> list[ClassItems]:
+    """The class folders that a published list names; ImageNet's own folder holds others too."""
+    return [item for item in _classes(root, root) if label_of(item) in published.labels]
 
 
 def _read(root: Path, item: str) -> np.ndarray:

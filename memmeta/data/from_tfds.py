@@ -22,7 +22,6 @@ from memmeta.data.host import HostDataset, with_rotations
 from memmeta.data.images import resized
 from memmeta.data.plan import ClassItems, Plan
 
-SPLITS = ("train", "validation", "test")
 READ_PIP = "pip install 'memmeta[tfds]'"
 PREPARE_PIP = "pip install 'memmeta[tfds-prepare]'"
 LARGEST = 84  # pixels a side; larger images of `tfds:NAME`, and images of varying size, become this
@@ -75,7 +74,7 @@ def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
 
     Args:
         name: the data set's name.
-        split: one of `SPLITS`.
+        split: "train", "validation" or "test".
         data_dir: the folder of tensorflow-datasets; None: its own default.
 
     Returns:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from memmeta.data import folders, from_tfds, glyphs, sinusoid, tides
 from memmeta.data.augmentation import Augmentation
+from memmeta.data.class_splits import SPLITS
 from memmeta.data.curves import Points
 from memmeta.data.dataset import DataError, Dataset
 from memmeta.data.episodes import Episodes
@@ -28,7 +29,6 @@ class Source(NamedTuple):
     load: Callable[[str, str, Path | None], Split | HostDataset]
 
 
-SPLITS = ("train", "validation", "test")
 # Adding a data set is one file and one line here.
 SOURCES = [
     Source("glyphs", lambda _, split, data_dir: glyphs.load_glyphs(split, data_dir)),

@@ -41,22 +41,23 @@ class ClassSplit:
         """Find the classes of each split.
 
         Args:
-            classes: all of them, and maybe others, which are left out. A class is known by the
-                last part of its name.
+            classes: all of them. A class is known by the last part of its name.
 
         Returns:
             The classes of each split, in their order.
 
         Raises:
-            DataError: a class that the list names is not there, or has too many examples.
+            DataError: a class that the list names is not there, or has too many examples; or one
+                is there that it does not name.
         """
         splits: dict[str, list[ClassItems]] = {split: [] for split in SPLITS}
-        missing = set(self.labels or self.split_of)
+        missing, unnamed = set(self.labels or self.split_of), []
         for item in classes:
             label = label_of(item)
             grouped = item._replace(group=self.group_of.get(label, item.group))
             entry = grouped.group if self.by_group else label
             if entry not in self.split_of:
+                unnamed.append(entry)
                 continue
             if self.largest is not None and len(item.items) > self.largest:
                 raise DataError(
@@ -71,6 +72,8 @@ class ClassSplit:
                 f"or groups that the published split names are not there, such as {min(missing)}: "
                 "add them, or name the class folders so"
             )
+        if unnamed:
+            raise DataError(f"{self.name}: the published split does not name {unnamed[0]!r}")
         return splits
 
     def check(self, splits: dict[str, list[ClassItems]]) -> dict[str, list[ClassItems]]:
