@@ -33,8 +33,8 @@ from benchmarks.accuracy_settings import (
     sizes_of,
 )
 from benchmarks.convergence import _Plain
-from memmeta.algorithms import METHODS
 from memmeta.data import DataError
+from memmeta.few_shot.algorithms import METHODS
 
 
 def settings(

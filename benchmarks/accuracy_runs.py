@@ -19,10 +19,11 @@ import memmeta as mm
 from benchmarks import regression
 from benchmarks.accuracy_settings import Preset, Setting, Sizes, make_learner, recipe_of
 from benchmarks.workloads import temporary
-from memmeta.algorithms import Learner
 from memmeta.data import Split
-from memmeta.evaluate import confidence_interval
-from memmeta.few_shot import NetworkContext, Statistics
+from memmeta.few_shot import Statistics
+from memmeta.few_shot._networks import NetworkContext
+from memmeta.few_shot.algorithms import Learner
+from memmeta.meta import confidence_interval
 from memmeta.problem import MetaParams, Task
 
 STATISTICS: tuple[Statistics, ...] = ("transductive", "support")
@@ -108,7 +109,7 @@ def train_program(job: Job, learner: Learner, dataset: Split) -> tuple[Any, Call
             found = {"loss": metrics.loss, **metrics.counts._asdict()}
             return state, jax.tree.map(lambda s, f: s + f.astype(s.dtype), sums, found)
 
-        counts = dict.fromkeys(("masked", "diverging", "indefinite", "exploding"), jnp.int32(0))
+        counts = dict.fromkeys(("masked", "diverging", "indefinite", "refused"), jnp.int32(0))
         return jax.lax.fori_loop(0, count, body, (state, {"loss": jnp.float32(0), **counts}))
 
     shape = jax.eval_shape(start, jax.random.key(0))
@@ -166,7 +167,10 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
         def stage(state: Any, _: None) -> tuple[Any, Any]:
             steps = jax.lax.optimization_barrier(jnp.int32(inner.steps))
             state = jax.lax.fori_loop(
-                0, steps, lambda _, s: inner.advance(problem, s, context, 1), state
+                0,
+                steps,
+                lambda _, s: inner.advance(problem, s, context, jax.random.key(0), 1),
+                state,
             )
             return state, state.params
 

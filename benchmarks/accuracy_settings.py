@@ -15,10 +15,10 @@ import optax
 
 import memmeta as mm
 from benchmarks import regression
-from memmeta.algorithms import METHODS, Learner, Name
-from memmeta.algorithms.steps import learned_rates
 from memmeta.data import Dataset, Split
 from memmeta.few_shot import Statistics
+from memmeta.few_shot.algorithms import METHODS, Learner, Name
+from memmeta.few_shot.algorithms._steps import learned_rates
 from memmeta.models import conv4, mlp
 
 Preset: TypeAlias = Literal["tuned", "authors", "same_inner"]

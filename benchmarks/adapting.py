@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 import memmeta as mm
-from memmeta.algorithms import Learner
+from memmeta.few_shot.algorithms import Learner
 
 RATE = 0.1
 METHODS: dict[str, tuple[Callable[..., Learner], str]] = {

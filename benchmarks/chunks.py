@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.speed import in_turn
 from benchmarks.tables import Row, show, write
 from benchmarks.workloads import Workload, learner, meta_step, temporary
-from memmeta.algorithms import Learner
+from memmeta.few_shot.algorithms import Learner
 from memmeta.models import mlp
 
 DENSE = Workload(tasks=64, queries=1, image_shape=(2, 2, 1))

@@ -28,7 +28,7 @@ from benchmarks.fits import Claim, Fit, geometric, over_seeds, slope
 from benchmarks.problems_quadratic import Family
 from memmeta.hypergradient import implicit, unrolled
 from memmeta.linear_solve import cg, neumann
-from memmeta.warm_start import WarmStart
+from memmeta.meta import WarmStart
 
 
 def error_against_steps(keys: Array, quick: bool) -> Experiment:
@@ -103,7 +103,7 @@ def inner_errors(key: Array, family: Family, most: int) -> dict[str, Array]:
         loop = mm.InnerLoop(solver, 1)
 
         def body(state: Any, _: None) -> tuple[Any, Array]:
-            state = loop.advance(problem, state, context, 1)
+            state = loop.advance(problem, state, context, jax.random.key(0), 1)
             slope = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(state.params)
             v = family.product(task, slope, -1)
             return state, jnp.linalg.norm(family.coupling * v - exact)
@@ -112,8 +112,8 @@ def inner_errors(key: Array, family: Family, most: int) -> dict[str, Array]:
         return jax.lax.scan(body, start, length=most)[1]
 
     return {
-        "gradient descent": errors(mm.gradient_descent()),
-        "accelerated": errors(mm.accelerated()),
+        "gradient descent": errors(mm.inner.gradient_descent()),
+        "accelerated": errors(mm.inner.accelerated()),
     }
 
 

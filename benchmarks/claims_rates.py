@@ -26,7 +26,7 @@ from benchmarks.experiment import (
 from benchmarks.fits import Claim, over_seeds, slope
 from benchmarks.problems_quadratic import Family
 from benchmarks.problems_softmax import Heads
-from memmeta.hypergradient import Scheduled, implicit
+from memmeta.hypergradient import implicit, scheduled
 from memmeta.linear_solve import cg
 
 
@@ -36,7 +36,7 @@ def deterministic(keys: Array, quick: bool) -> Experiment:
     family = Family(jnp.linspace(1.0, 4.0, 40), jnp.ones(40))
 
     def tightening(problem: mm.Problem, rate: Array) -> Step:
-        schedule = Scheduled(lambda t: implicit(cg(5), tolerance=(0.9 if quick else 0.97) ** t))
+        schedule = scheduled(lambda t: implicit(cg(5), tolerance=(0.9 if quick else 0.97) ** t))
         return meta_step(problem, 400, schedule, rate)
 
     methods: dict[str, Callable] = {
@@ -98,7 +98,7 @@ def stochastic(keys: Array, quick: bool) -> Experiment:
     def made(size: int) -> mm.MetaStep:
         return mm.make_meta_step(
             problem,
-            mm.InnerLoop(mm.accelerated(), 15),
+            mm.InnerLoop(mm.inner.accelerated(), 15),
             implicit(cg(8)),
             optax.sgd(rate),
             task_chunk=min(size, 16),
@@ -221,7 +221,7 @@ def on_demand(keys: Array, quick: bool) -> Experiment:
         def make(
             problem: mm.Problem, rate: Array, at_step: Any = at_step, warm: int = warm
         ) -> Step:
-            schedule = Scheduled(lambda t: implicit(cg(5), tolerance=at_step(t)))
+            schedule = scheduled(lambda t: implicit(cg(5), tolerance=at_step(t)))
             return meta_step(problem, 1000, schedule, rate, warm=warm)
 
         squares, report = run(make, family, keys, count, tasks, quick)

@@ -35,8 +35,8 @@ def prepared(examples: int, layer: tuple[int, int, int, int]) -> dict[str, Calla
     import jax
     import jax.numpy as jnp
 
-    from memmeta.models.conv4 import ConvBlock
-    from memmeta.models.convolution import conv
+    from memmeta.models._conv4 import ConvBlock
+    from memmeta.models._convolution import conv
 
     height, width, channels, filters = layer
     images = jnp.ones((examples, height, width, channels))

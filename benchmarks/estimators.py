@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
 import memmeta as mm
-from benchmarks.problems_estimators import TASKS, Example, exact_hypergradient, heads, networks
+from benchmarks.problems_estimators import Example, exact_hypergradient, heads, networks
 from memmeta.hypergradient import ESTIMATORS
 
 PROBLEMS: dict[str, Callable[[], Example]] = {"head": heads, "network": networks}
@@ -50,10 +49,11 @@ class Program:
     """
 
     def __init__(self, example: Example, name: str, steps: int, quick: bool) -> None:
-        estimator, inner = ESTIMATORS[name].make(), mm.InnerLoop(mm.gradient_descent(), steps)
+        estimator, inner = ESTIMATORS[name].make(), mm.InnerLoop(mm.inner.gradient_descent(), steps)
 
         def call(theta: Any, tasks: Any, key: Any) -> mm.hypergradient.Hypergradient:
-            return estimator(example.problem, inner, theta, tasks, jnp.ones(TASKS), key)
+            chunk = mm.hypergradient.Chunk.of(tasks, key=key)
+            return estimator(example.problem, inner, theta, chunk)
 
         self.inputs = (example.theta, example.tasks)
         options = {"xla_backend_optimization_level": 0} if quick else {}

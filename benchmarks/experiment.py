@@ -14,7 +14,7 @@ from jaxtyping import Array
 import memmeta as mm
 from benchmarks.fits import Claim, over_seeds
 from benchmarks.problems_quadratic import Family
-from memmeta.warm_start import WarmStart
+from memmeta.meta import WarmStart
 
 
 class Footprint(NamedTuple):
@@ -79,7 +79,7 @@ def meta_step(
     decay: float = 0.0,
 ) -> Step:
     """Gradient descent inside, and outside on F + decay/2 ‖θ‖²; `warm` tasks remembered."""
-    solver = mm.accelerated() if fast else mm.gradient_descent()
+    solver = mm.inner.accelerated() if fast else mm.inner.gradient_descent()
     outer = optax.sgd(rate)
     outer = optax.chain(optax.add_decayed_weights(decay), outer) if decay else outer
     step = mm.make_meta_step(problem, mm.InnerLoop(solver, inner), estimator, outer)

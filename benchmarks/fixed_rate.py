@@ -21,10 +21,9 @@ from jaxtyping import Array
 import memmeta as mm
 from benchmarks.ridge import glyph_tasks, show
 from memmeta import trees
-from memmeta.few_shot import head_problem
+from memmeta.few_shot import HeadContext, head_problem, softmax_problem
 from memmeta.hypergradient import implicit
 from memmeta.inner import newton
-from memmeta.linear_head import HeadContext, softmax_problem
 from memmeta.linear_solve import cg
 
 RIDGE, RATE, STEPS = 0.1, 0.5, 50

@@ -108,7 +108,7 @@ def ours(made: Any, params: Any, batch: Any, mesh: Any) -> Callable[[], tuple[fl
     import jax
 
     from benchmarks.workloads import meta_step
-    from memmeta import devices
+    from memmeta.meta import _mesh as devices
 
     step = meta_step(made, 1, mesh)
     theta = made.init(jax.random.key(0))
@@ -165,7 +165,7 @@ def work(options: argparse.Namespace, threads: int) -> None:
     import jax
     import torch
 
-    from memmeta.devices import task_mesh
+    from memmeta.meta import task_mesh
 
     torch.set_num_threads(threads)
     jax.config.update("jax_compilation_cache_dir", str(Path(".jax_cache").absolute()))

@@ -16,7 +16,8 @@ import jax
 from jax.extend.core import jaxprs_in_params
 
 from benchmarks.tables import Row
-from memmeta import MetaStep, devices
+from memmeta import MetaStep
+from memmeta.meta import _mesh as devices
 from memmeta.problem import Batch, MetaParams
 
 CONVOLUTION, KERNEL_GRADIENT = "memmeta_convolution", "memmeta_kernel_gradient"

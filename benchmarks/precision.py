@@ -20,10 +20,9 @@ from jaxtyping import Array
 
 import memmeta as mm
 from benchmarks.tables import Row, show, write
-from memmeta.algorithms import memory_reduced
 from memmeta.data import Dataset
-from memmeta.evaluate import confidence_interval
-from memmeta.meta_step import MetaState
+from memmeta.few_shot.algorithms import memory_reduced
+from memmeta.meta import MetaState, confidence_interval
 
 TASKS = 8
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import memmeta as mm
-from memmeta.linear_head import HeadContext, softmax_problem
+from memmeta.few_shot import HeadContext, softmax_problem
 from memmeta.problem import Params, Problem, Scalar, Task
 
 TASKS, INPUTS, SAMPLES = 4, 6, 60
@@ -99,12 +99,11 @@ def exact_hypergradient(example: Example, steps: int = 20_000) -> tuple[Any, flo
             lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
             (example.theta, example.tasks),
         )
-        inner = mm.InnerLoop(mm.gradient_descent(), steps)
+        inner = mm.InnerLoop(mm.inner.gradient_descent(), steps)
         estimator = mm.hypergradient.implicit(mm.linear_solve.direct())
 
         def call(theta: Any, tasks: Task) -> tuple[Any, Array]:
-            ones = jnp.ones(TASKS)
-            found = estimator(example.problem, inner, theta, tasks, ones, jax.random.key(0))
+            found = estimator(example.problem, inner, theta, mm.hypergradient.Chunk.of(tasks))
             return found.gradient, jnp.max(found.report.inner_gradient_norm)
 
         gradient, left = jax.jit(call)(*wide)

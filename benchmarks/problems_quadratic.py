@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta.problem import Constants, Problem
+from memmeta.certificate import Constants, deviations_from
+from memmeta.problem import Problem, Structure
 
 
 class Tasks(NamedTuple):
@@ -98,7 +99,7 @@ class Family:
             init=jnp.zeros_like,
             smoothness=lambda c: jnp.max(self.spectrum),
             strong_convexity=lambda c: jnp.min(self.spectrum),
-            constants=constants,
+            structure=Structure(deviations=deviations_from(constants)),
         )
 
 

@@ -15,9 +15,8 @@ import optax
 from jaxtyping import Array
 
 import memmeta as mm
-from memmeta.head_constants import with_softmax_constants
+from memmeta.few_shot import HeadContext, softmax_problem
 from memmeta.inner import newton
-from memmeta.linear_head import HeadContext, softmax_problem
 from memmeta.problem import Task
 
 WAYS, SAMPLES, INPUTS, FEATURES = 3, 12, 6, 4
@@ -60,7 +59,7 @@ class Heads:
             )
 
         zeros = {"kernel": jnp.zeros((FEATURES, WAYS)), "bias": jnp.zeros(WAYS)}
-        return with_softmax_constants(softmax_problem(embed, lambda theta: zeros, self.ridge))
+        return softmax_problem(embed, lambda theta: zeros, self.ridge)
 
     def gradient(self, theta: Array, tasks: Task) -> Array:
         """∇F + λ θ, to rounding."""

@@ -21,7 +21,7 @@ from benchmarks.ridge import glyph_tasks
 from memmeta.few_shot import head_problem
 from memmeta.hypergradient import implicit
 from memmeta.linear_solve import cg
-from memmeta.rates import propose
+from memmeta.meta import propose
 
 CHUNK = 8
 
@@ -34,7 +34,7 @@ def quadratic(accuracy: float = 1e-2) -> None:
     print(f"Quadratic, accuracy {accuracy}\n{found}")
     step = mm.make_meta_step(
         family.problem(),
-        mm.InnerLoop(mm.accelerated(), found.inner_steps),
+        mm.InnerLoop(mm.inner.accelerated(), found.inner_steps),
         implicit(cg(found.cg_steps)),
         optax.sgd(found.outer_rate),
     )
@@ -65,7 +65,7 @@ def glyphs(width: int, accuracy: float) -> None:
     half = CHUNK * math.ceil(found.batch_size / (2 * CHUNK))
     step = mm.make_meta_step(
         problem,
-        mm.InnerLoop(mm.accelerated(), found.inner_steps),
+        mm.InnerLoop(mm.inner.accelerated(), found.inner_steps),
         implicit(cg(found.cg_steps), estimate_error=False),
         optax.sgd(found.outer_rate),
         task_chunk=CHUNK,

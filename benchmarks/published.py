@@ -9,7 +9,7 @@ most are four convolution blocks of 32 or 64 filters, R2-D2's of 96, 192, 384 an
 from collections.abc import Collection
 
 from benchmarks.accuracy_settings import Setting
-from memmeta.algorithms import Name
+from memmeta.few_shot.algorithms import Name
 
 SOURCES = {
     1: "Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2",

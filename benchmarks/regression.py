@@ -1,4 +1,4 @@
-r"""Regression by the methods of `memmeta.algorithms`, and a Gaussian process to compare them with.
+r"""Regression by the literature's methods, and a Gaussian process to compare them with.
 
 A method keeps who adapts, its inner loop and its estimator; its cross-entropies become
 
@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from memmeta import trees
-from memmeta.algorithms import METHODS, Learner, Name
-from memmeta.algorithms.closed_form import ClosedFormContext
-from memmeta.few_shot import NetworkContext
-from memmeta.linear_head import augmented, ridge_solution, squared_problem, stacked
+from memmeta.few_shot import ridge_solution, squared_problem
+from memmeta.few_shot._head import augmented
+from memmeta.few_shot._networks import NetworkContext
+from memmeta.few_shot.algorithms import METHODS, Learner, Name
+from memmeta.few_shot.algorithms._closed_form import ClosedFormContext
 from memmeta.models import Network
-from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
+from memmeta.problem import MetaParams, Params, Problem, Scalar, Task, stacked
 
 WITHOUT: dict[Name, str] = {"protonet": "classifies by class means: a curve has no classes"}
 """Methods that make no sense for regression, and why."""

@@ -21,11 +21,10 @@ from jaxtyping import Array
 
 import memmeta as mm
 from memmeta import trees
-from memmeta.data.dataset import Dataset
+from memmeta.data import Dataset
 from memmeta.few_shot import head_problem
 from memmeta.hypergradient import implicit
-from memmeta.lanczos import extreme_eigenvalues
-from memmeta.linear_solve import cg
+from memmeta.linear_solve import cg, extreme_eigenvalues
 
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
 TASKS = 4

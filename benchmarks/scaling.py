@@ -28,8 +28,9 @@ import memmeta as mm
 from benchmarks.pod import SOURCES, Chip, Work, curve, first_break, work
 from benchmarks.tables import Row, aim, show, write
 from benchmarks.workloads import PAPERS_CIFAR, PAPERS_IMAGENET, Workload, compiled, learner
-from memmeta import devices
+from memmeta.meta import _mesh as devices
 from memmeta.models import resnet12
+from memmeta.runs import _devices as run_devices
 
 SMALL = Workload(ways=3, queries=4, image_shape=(8, 8, 1), width=8, depth=2)
 METHODS = ("memory_reduced", "imaml", "maml")
@@ -195,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     parser.add_argument("--out", type=Path, default=Path("build/scaling"))
     options: Any = parser.parse_args(arguments)
-    devices.use(COUNTS[-1])
+    run_devices.use(COUNTS[-1])
     chosen = (METHODS[:1], QUICK_COUNTS) if options.quick else (METHODS, COUNTS)
     tables = measured(*chosen)
     show(f"Strong scaling, {TASKS} tasks", tables["strong"])

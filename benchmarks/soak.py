@@ -23,11 +23,7 @@ import jax
 import matplotlib
 import numpy as np
 
-from memmeta.config import Config
-from memmeta.interruption import Interrupted
-from memmeta.run_folder import new_run
-from memmeta.train import train
-from memmeta.trainer import make_trainer
+from memmeta.runs import Config, Interrupted, make_trainer, new_run, train
 
 SMALL = Config(
     ways=2,

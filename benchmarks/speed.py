@@ -46,7 +46,7 @@ def prepared(workload: str, method: str, steps: int) -> tuple[Callable[[], None]
     import jax
 
     from benchmarks.workloads import WORKLOADS, learner, meta_step
-    from memmeta import devices
+    from memmeta.meta import _mesh as devices
 
     load = WORKLOADS[workload]._replace(tasks=4 if workload == "a" else TASKS)
     made = learner(load.network(), method, steps)

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 
 from benchmarks.speed import in_turn
 from benchmarks.tables import Row, show, write
-from memmeta.models import convolution_forms as forms
-from memmeta.models.image_chunks import images_at_a_time
+from memmeta.models import _convolution_forms as forms
+from memmeta.models._image_chunks import images_at_a_time
 
 # Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), equation 10.
 INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])

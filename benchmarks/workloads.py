@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 import memmeta as mm
-from memmeta.algorithms import METHODS, Learner
+from memmeta.few_shot.algorithms import METHODS, Learner
 from memmeta.hypergradient import implicit, mixed_mode, unrolled
 from memmeta.linear_solve import cg
-from memmeta.meta_step import TaskChunk
+from memmeta.meta import TaskChunk
 from memmeta.models import Network, conv4
 from memmeta.problem import Batch, Task
 

@@ -1,11 +1,35 @@
-"""memmeta: bilevel meta-learning in JAX with memory that does not grow with the inner loop."""
+"""memmeta: bilevel meta-learning in JAX with memory that does not grow with the inner loop.
 
-from memmeta import algorithms, data, hypergradient, inner, linear_solve, models
-from memmeta.evaluate import confidence_interval, evaluate
+The core, `memmeta.problem` to `memmeta.meta`, is loaded here. The rooms for few-shot learning and
+for whole runs, with the packages that they need, are loaded when they are first asked for.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+from memmeta import certificate, hypergradient, inner, linear_solve, meta, trees
 from memmeta.hypergradient import implicit_solution
-from memmeta.inner import InnerLoop, accelerated, gradient_descent
-from memmeta.meta_step import MetaState, MetaStep, Metrics, make_meta_step
-from memmeta.problem import Problem, Task
+from memmeta.inner import InnerLoop
+from memmeta.meta import (
+    MetaState,
+    MetaStep,
+    Metrics,
+    confidence_interval,
+    evaluate,
+    make_meta_step,
+)
+from memmeta.problem import Problem, Structure, Task
+
+__version__ = version("memmeta")
+
+ON_FIRST_USE = {
+    "algorithms": "memmeta.few_shot.algorithms",
+    "data": "memmeta.data",
+    "few_shot": "memmeta.few_shot",
+    "models": "memmeta.models",
+    "runs": "memmeta.runs",
+}
 
 __all__ = [
     "InnerLoop",
@@ -13,17 +37,31 @@ __all__ = [
     "MetaStep",
     "Metrics",
     "Problem",
+    "Structure",
     "Task",
-    "accelerated",
     "algorithms",
+    "certificate",
     "confidence_interval",
     "data",
     "evaluate",
-    "gradient_descent",
+    "few_shot",
     "hypergradient",
     "implicit_solution",
     "inner",
     "linear_solve",
     "make_meta_step",
+    "meta",
     "models",
+    "runs",
+    "trees",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ON_FIRST_USE:
+        return importlib.import_module(ON_FIRST_USE[name])
+    raise AttributeError(f"module 'memmeta' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ON_FIRST_USE})

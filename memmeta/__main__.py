@@ -18,12 +18,16 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from memmeta import checkpoints, devices, events, processes
-from memmeta.checkpoints import CheckpointError, write_whole
-from memmeta.config import Config, UserError
 from memmeta.data import DataError
-from memmeta.interruption import Interrupted, Stopped
-from memmeta.run_folder import RunFolder, new_run, old_run, unused_path
+from memmeta.meta import _mesh as mesh_of
+from memmeta.runs import _devices as devices
+from memmeta.runs import _events as events
+from memmeta.runs import _processes as processes
+from memmeta.runs import checkpoints
+from memmeta.runs._config import Config, UserError
+from memmeta.runs._folder import RunFolder, new_run, old_run, unused_path
+from memmeta.runs._interruption import Interrupted, Stopped
+from memmeta.runs.checkpoints import CheckpointError, write_whole
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Report:
 
 def run_train(command: Train) -> None:
     """`memmeta train`."""
-    from memmeta import progress
+    from memmeta.runs import _progress as progress
 
     config = command.config
     devices.use(command.devices or (None if processes.launched() else devices.cores()))
@@ -101,16 +105,17 @@ def _new_path(config: Config) -> Path:
 
 
 def _train_in(folder: RunFolder, command: Train) -> None:
-    from memmeta import picture, progress
-    from memmeta.train import final_report, train
-    from memmeta.trainer import check_room, make_trainer
+    from memmeta.runs import _picture as picture
+    from memmeta.runs import _progress as progress
+    from memmeta.runs._train import final_report, train
+    from memmeta.runs._trainer import check_room, make_trainer
 
     config = command.config
     mesh = devices.chosen(command.devices, config.tasks)
     trainer = make_trainer(config, mesh)
     progress.console.print(
         f"{config.method} on {config.data}, {config.ways}-way {config.shots}-shot, "
-        f"on {devices.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
+        f"on {mesh_of.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
         soft_wrap=True,
     )
     block = trainer.compile()
@@ -135,9 +140,9 @@ def _train_in(folder: RunFolder, command: Train) -> None:
 
 def run_evaluate(command: Evaluate) -> None:
     """`memmeta evaluate`."""
-    from memmeta import progress
-    from memmeta.train import final_report
-    from memmeta.trainer import make_trainer
+    from memmeta.runs import _progress as progress
+    from memmeta.runs._train import final_report
+    from memmeta.runs._trainer import make_trainer
 
     folder = RunFolder(command.run)
     given = {"episodes": command.episodes, "test_steps": command.test_steps}
@@ -151,7 +156,7 @@ def run_evaluate(command: Evaluate) -> None:
 
 def run_report(command: Report) -> None:
     """`memmeta report`."""
-    from memmeta import report
+    from memmeta.runs import report
 
     if not command.runs:
         raise UserError("runs: found none, expected at least one run folder")

@@ -1,10 +1,27 @@
-"""What a bilevel problem is: four pure functions; and the few-shot task they are most often fed."""
+r"""What a bilevel problem is: four pure functions, their derivatives, and the few-shot task.
+
+min_θ mean_i f_i(θ, φ_i*),      φ_i* = argmin_φ g_i(θ, φ)
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
+
+from memmeta import trees
+
+__all__ = [
+    "Deviations",
+    "LinearHead",
+    "Problem",
+    "SplitContext",
+    "Structure",
+    "Task",
+    "hessian_product",
+]
 
 MetaParams: TypeAlias = PyTree[Any]
 """θ: what the outer optimiser changes."""
@@ -34,34 +51,11 @@ class Task(NamedTuple):
     query_targets: Shaped[Array, "*query_targets"]
 
 
-class Constants(NamedTuple):
-    r"""How fast the derivatives of one task's losses can change, in Euclidean and operator norms.
-
-    Each holds for every φ within a radius of a given point; see `memmeta.certificate`.
-
-    Attributes:
-        outer_context: Lipschitz constant of ∂_c f in φ.
-        outer_params: Lipschitz constant of ∂_φ f in φ.
-        mixed: Lipschitz constant of ∂²_cφ g in φ.
-        hessian: Lipschitz constant of ∂²_φφ g in φ.
-        coupling: bound on ‖∂²_cφ g‖.
-        embedding: bound on ‖∂c/∂θ‖, to bound errors of the gradient in θ; 1 for errors in c.
-    """
-
-    outer_context: Scalar
-    outer_params: Scalar
-    mixed: Scalar
-    hessian: Scalar
-    coupling: Scalar
-    embedding: Scalar
-
-
 class Deviations(NamedTuple):
     r"""How far one task's derivatives at φ̂ can be from those at φ*, v̂ held fixed.
 
     With $M = \partial^2_{c\phi} g$ and $H = \partial^2_{\phi\phi} g$, a hat for values at φ̂ and a
-    star for those at φ*. What `Constants` bound by products, a problem that knows its structure can
-    bound together, and more sharply.
+    star for those at φ*. `memmeta.certificate.deviations_from` makes them of Lipschitz constants.
 
     Attributes:
         outer_context: bound on ‖∂_c f(φ̂) − ∂_c f(φ*)‖.
@@ -69,7 +63,7 @@ class Deviations(NamedTuple):
         mixed: bound on ‖(M̂ − M*) v̂‖.
         hessian: bound on ‖M* H*⁻¹ (Ĥ − H*) v̂‖.
         sensitivity: bound on ‖M* H*⁻¹‖ = ‖∂φ*/∂c‖.
-        embedding: as in `Constants`.
+        embedding: bound on ‖∂c/∂θ‖, to bound errors of the gradient in θ; 1 for errors in c.
     """
 
     outer_context: Scalar
@@ -78,6 +72,55 @@ class Deviations(NamedTuple):
     hessian: Scalar
     sensitivity: Scalar
     embedding: Scalar
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    r"""One task's losses as functions of a linear head's outputs Z = X̃ Φ.
+
+        g(Φ) = support_loss(X̃ Φ) + ridge/2 ‖Φ‖²,      f(Φ) = query_loss(X̃' Φ)
+
+    Attributes:
+        features: X̃, the support features with a column of ones.
+        query_features: X̃', those of the query.
+        support_loss: outputs [support, ways] -> ℓ.
+        query_loss: outputs [query, ways] -> (f, aux).
+        ridge: the strength of the quadratic penalty.
+    """
+
+    features: Float[Array, "support augmented"]
+    query_features: Float[Array, "query augmented"]
+    support_loss: Callable[[Array], Scalar]
+    query_loss: Callable[[Array], tuple[Scalar, Any]]
+    ridge: Scalar
+
+
+def stacked(params: Params) -> Float[Array, "augmented ways"]:
+    """Φ = [kernel; bias] of a linear head as one matrix, in float32 at least."""
+    matrix = jnp.concatenate([params["kernel"], params["bias"][None]])
+    return matrix.astype(trees.accumulator(matrix.dtype))
+
+
+def unstacked(matrix: Float[Array, "augmented ways"], like: Params) -> Params:
+    """The inverse of `stacked`, in the dtypes of `like`."""
+    found = {"kernel": matrix[:-1], "bias": matrix[-1]}
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), found, like)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a problem knows of its own losses beyond their values; every field is optional.
+
+    Attributes:
+        head: context -> `LinearHead`. Lets `woodbury` and `sample_space` work on (support × ways)
+            numbers, however many features there are. φ is then {"kernel", "bias"}.
+        deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
+            distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
+            a rigorous error bound.
+    """
+
+    head: Callable[[Context], LinearHead] | None = None
+    deviations: "Callable[[Problem, Params, Params, Scalar, Context], Deviations] | None" = None
 
 
 @dataclass(frozen=True)
@@ -100,16 +143,9 @@ class Problem:
             inner solvers measure the curvature and check every step.
         strong_convexity: context -> μ with ∂²_φφ g ⪰ μ·I for every φ. Optional: a ridge or a
             proximal term gives it. Certificates are rigorous only with it.
-        head: context -> `memmeta.linear_head.LinearHead`, where the losses are those of a linear
-            head. Optional: it lets solvers and estimators work in the space of the samples.
-        constants: (φ, radius, context) -> `Constants` valid within that distance of φ. Optional:
-            with it and `strong_convexity` every implicit hypergradient has a rigorous error bound.
-        deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
-            distance of φ̂, from the losses and μ of the problem it is given. Optional: a sharper
-            bound than that of the constants.
+        structure: what else is known of the losses, see `Structure`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> problem = Problem(
         ...     embed=lambda theta, batch: (theta, batch),
         ...     inner_loss=lambda phi, context: 0.5 * jnp.sum((phi - context[0] * context[1]) ** 2),
@@ -126,6 +162,108 @@ class Problem:
     init: Callable[[MetaParams], Params]
     smoothness: Callable[[Context], Scalar] | None = None
     strong_convexity: Callable[[Context], Scalar] | None = None
-    head: Callable[[Context], Any] | None = None
-    constants: Callable[[Params, Scalar, Context], Constants] | None = None
-    deviations: Callable[[Any, Params, Params, Scalar, Context], Deviations] | None = None
+    structure: Structure = Structure()
+
+
+def hessian_product(
+    problem: Problem, params: Params, context: Context
+) -> tuple[Params, Callable[[Params], Params]]:
+    r"""∇_φ g and u ↦ ∂²_φφ g u at φ, forward over reverse.
+
+    Each product computes the gradient's intermediate values anew: what is kept between products is
+    φ alone, and a product takes the memory of little more than two gradients. Kept, as
+    `jax.linearize` keeps them, they take twice that and save a twentieth of the time or nothing.
+
+    Args:
+        problem: its inner loss is used.
+        params: φ.
+        context: of one task.
+
+    Returns:
+        The gradient, and the product.
+
+    Source: Pearlmutter (1994).
+
+    Example:
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: jnp.sum(c * phi**2) / 2,
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ... )
+        >>> gradient, product = hessian_product(g, jnp.ones(2), jnp.array([1.0, 5.0]))
+        >>> gradient.tolist(), product(jnp.ones(2)).tolist()
+        ([1.0, 5.0], [1.0, 5.0])
+    """
+
+    @jax.checkpoint
+    def slope(params: Params) -> Params:
+        return jax.grad(problem.inner_loss)(params, context)
+
+    return jax.linearize(slope, params)
+
+
+class SplitContext(NamedTuple):
+    """A context with the leaves that θ reaches apart from the others.
+
+    Estimators differentiate by `active` alone; the user's functions always see `whole`.
+
+    Attributes:
+        active: the leaves that depend on θ, None elsewhere.
+        passive: the other leaves, None where `active` has one.
+    """
+
+    active: Context
+    passive: Context
+
+    @property
+    def whole(self) -> Context:
+        """The context as `embed` made it."""
+        return self.at(self.active)
+
+    def at(self, active: Context) -> Context:
+        """The whole context with other values of its active leaves."""
+        return trees.merge(active, self.passive)
+
+
+def outer_gradients(
+    problem: Problem, params: Params, context: SplitContext
+) -> tuple[Params, Context]:
+    """∂_φ f and ∂_c f at φ, the latter for the active leaves of the context."""
+
+    def outer(params: Params, active: Context) -> Scalar:
+        return problem.outer_loss(params, context.at(active))[0]
+
+    return jax.grad(outer, argnums=(0, 1))(params, context.active)
+
+
+class Products(NamedTuple):
+    """The first derivatives of g at a point, and the second ones along a direction u.
+
+    Attributes:
+        gradient: ∇_φ g.
+        hessian: ∂²_φφ g u.
+        mixed: ∂²_cφ g u.
+    """
+
+    gradient: Params
+    hessian: Params
+    mixed: Context
+
+
+def products(problem: Problem, params: Params, u: Params, context: SplitContext) -> Products:
+    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one forward-over-reverse pass.
+
+    Args:
+        problem: its inner loss is used.
+        params: φ.
+        u: the direction, like φ.
+        context: of one task.
+    """
+
+    def both(params: Params) -> tuple[Params, Context]:
+        inner = lambda p, a: problem.inner_loss(p, context.at(a))  # noqa: E731
+        return jax.grad(inner, argnums=(0, 1))(params, context.active)
+
+    (gradient, _), (hessian, mixed) = jax.jvp(both, (params,), (u,))
+    return Products(gradient, hessian, mixed)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 MARK = re.compile(r"^::: all of ([\w.]+)$", re.MULTILINE)
@@ -20,15 +21,21 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 
 def entries(package: str) -> str:
-    """An entry for each name in a package's `__all__`, in that order."""
+    """A table of the names in a package's `__all__`, and an entry for each, in that order."""
     module = importlib.import_module(package)
     names = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
-    return "\n".join(f"::: {home(package, name)}{OPTIONS}" for name in names)
+    rows = [f"| [`{name}`][{package}.{name}] | {first_line(module, name)} |" for name in names]
+    entries = [f"::: {package}.{name}{OPTIONS}" for name in names]
+    return "\n".join(["| Name | What it is |", "|---|---|", *rows, "", *entries])
 
 
-def home(package: str, name: str) -> str:
-    """Where a public name is defined: a function may share its name with the module it is in."""
-    value = getattr(importlib.import_module(package), name)
+def first_line(module: Any, name: str) -> str:
+    """What a public name's docstring says first; of a value, the text below it in its file."""
+    value = getattr(module, name)
     if inspect.isclass(value) or inspect.isfunction(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return f"{package}.{name}"
+        return (inspect.getdoc(value) or "").partition("\n")[0].replace("|", "\\|")
+    for path in Path(module.__file__).parent.glob("*.py"):
+        found = re.search(rf'^{name}\b.*?^"""(.*?)(\n|""")', path.read_text(), re.M | re.S)
+        if found:
+            return found[1].replace("|", "\\|")
+    return ""

@@ -130,7 +130,7 @@ def head_example(tasks=3, ways=3, support=6, ridge=0.1):
     """A softmax head on tanh features; some support examples are padding."""
 
     def embed(theta, batch):
-        return mm.linear_head.HeadContext(
+        return mm.few_shot.HeadContext(
             jnp.tanh(batch.support_inputs @ theta["body"]),
             batch.support_targets,
             jnp.tanh(batch.query_inputs @ theta["body"]),
@@ -149,7 +149,7 @@ def head_example(tasks=3, ways=3, support=6, ridge=0.1):
         jax.random.normal(keys[1], (tasks, 7, 4)),
         jnp.tile(jnp.arange(7) % ways, (tasks, 1)),
     )
-    problem = mm.linear_head.softmax_problem(embed, init, ridge)
+    problem = mm.few_shot.softmax_problem(embed, init, ridge)
     return Example(problem, {"body": jax.random.normal(keys[2], (4, 5))}, batch)
 
 
@@ -226,8 +226,10 @@ def unrolled_hypergradient(example, inner):
             context = problem.embed(theta, task)
             params = problem.init(theta)
             state = inner.solver.init(problem, params, context)
-            for _ in range(inner.steps):
-                params, state, _ = inner.solver.update(problem, params, state, context)
+            for step in range(inner.steps):
+                params, state, _ = inner.solver.update(
+                    problem, params, state, context, jnp.int32(step), jax.random.key(0)
+                )
             return problem.outer_loss(params, context)[0]
 
         return jnp.sum(jax.vmap(one_task)(example.tasks))

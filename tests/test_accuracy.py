@@ -20,7 +20,7 @@ from benchmarks import (
     regression,
 )
 from benchmarks.accuracy_settings import Setting, Sizes
-from memmeta.algorithms import METHODS
+from memmeta.few_shot.algorithms import METHODS
 from memmeta.models import mlp
 from memmeta.problem import Task
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import memmeta as mm
-from memmeta.algorithms import METHODS
 from memmeta.data import Episodes, load
+from memmeta.few_shot.algorithms import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +94,11 @@ def test_a_named_subset_adapts(tasks):
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match=r"chooses no parameter\. Expected 'head', 'body'"):
         mm.few_shot.network_problem(network(), lambda path: False, proximal=0.0)
-    with pytest.raises(ValueError, match="ridge: expected 0 or more, found -1"):
+    with pytest.raises(ValueError, match="ridge: expected a finite number, 0 or more, found -1"):
         mm.algorithms.memory_reduced(network(), ridge=-1)
-    with pytest.raises(ValueError, match="proximal: expected 0 or more, found nan"):
+    with pytest.raises(
+        ValueError, match="proximal: expected a finite number, 0 or more, found nan"
+    ):
         mm.algorithms.imaml(network(), proximal=float("nan"))
 
 

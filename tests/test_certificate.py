@@ -7,9 +7,9 @@ import pytest
 from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
-from memmeta import certificate, head_constants, linear_head, linear_solve, trees
-from memmeta.lanczos import extreme_eigenvalues
-from memmeta.problem import Constants
+from memmeta import certificate, few_shot, linear_solve, trees
+from memmeta.certificate import Constants
+from memmeta.linear_solve import extreme_eigenvalues
 
 
 def context_gradient(problem, phi, v, context):
@@ -96,17 +96,12 @@ def random_features(key):
     means = jax.random.normal(keys[1], (3, 3))
     support = scale * (means[support_targets] + jax.random.normal(keys[2], (6, 3)))
     query = scale * (means[query_targets] + jax.random.normal(keys[3], (9, 3)))
-    return linear_head.HeadContext(support, support_targets, query, query_targets)
+    return few_shot.HeadContext(support, support_targets, query, query_targets)
 
 
 def head_problem(ridge, squared=False):
-    make = linear_head.squared_problem if squared else linear_head.softmax_problem
-    return with_constants(squared)(make(lambda theta, batch: batch, lambda theta: theta, ridge))
-
-
-def with_constants(squared):
-    name = "squared" if squared else "softmax"
-    return getattr(head_constants, f"with_{name}_constants")
+    make = few_shot.squared_problem if squared else few_shot.softmax_problem
+    return make(lambda theta, batch: batch, lambda theta: theta, ridge)
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -117,7 +112,7 @@ def test_bound_on_random_heads(x64, squared):
         keys = jax.random.split(key, 4)
         ridge = 10 ** jax.random.uniform(keys[0], minval=-3.0, maxval=0.5)
         problem = head_problem(0.0, squared)
-        ridged = with_constants(squared)(head_problem_with(problem, ridge))
+        ridged = head_problem_with(problem, ridge)
         context = random_features(keys[1])
         start = {
             "kernel": jax.random.normal(keys[2], (3, 3)),
@@ -144,6 +139,7 @@ def head_problem_with(problem, ridge):
         problem.init,
         smoothness=lambda context: problem.smoothness(context) + ridge,
         strong_convexity=lambda context: ridge,
+        structure=problem.structure,
     )
 
 
@@ -176,8 +172,12 @@ def test_bound_on_random_quadratics(x64):
             init=lambda theta: jnp.zeros(6),
             smoothness=lambda c: curvature[-1],
             strong_convexity=lambda c: curvature[0],
-            constants=lambda phi, radius, c: Constants(
-                spectral(p), spectral(q @ q.T), zero, zero, spectral(b), jnp.ones(())
+            structure=mm.Structure(
+                deviations=certificate.deviations_from(
+                    lambda phi, radius, c: Constants(
+                        spectral(p), spectral(q @ q.T), zero, zero, spectral(b), jnp.ones(())
+                    )
+                )
             ),
         )
         return errors_and_bounds(problem, jnp.zeros(6), c, keys[8])
@@ -209,9 +209,6 @@ def test_padding_changes_no_bound(x64):
     wide = context._replace(**{n: padded(x) for n, x in context._asdict().items() if x is not None})
     found, known = (certificate.certify(problem, params, params, c) for c in (wide, context))
     np.testing.assert_allclose(found.total, known.total, rtol=1e-9)
-    radius = jnp.float64(0.1)
-    constants = (head_constants.softmax_constants(params, radius, c) for c in (wide, context))
-    np.testing.assert_allclose(*(c.coupling for c in constants), rtol=1e-9)
 
 
 def test_nothing_is_promised_without_strong_convexity(x64):
@@ -225,7 +222,7 @@ def test_missing_constants_are_named():
     problem = quadratic_problem()
     task = jax.tree.map(lambda x: x[0], quadratic_tasks(jax.random.key(0)))
     context = problem.embed(jnp.ones(4), task)
-    with pytest.raises(ValueError, match="constants"):
+    with pytest.raises(ValueError, match="deviations"):
         certificate.certify(problem, jnp.ones(6), jnp.ones(6), context)
 
 
@@ -239,10 +236,12 @@ def test_estimate_is_exact_to_first_order_in_the_coupling(x64):
     )
     phi, v = jnp.ones(6), jnp.ones(6)
     found = certificate.estimate(problem, phi, v, jnp.zeros(6), steps=6)
+    measured = certificate.measure(problem, phi, v, jnp.zeros(6))
+    # L_φf δ C/μ for the inner part and C/μ ‖r‖ for the linear one, with C = μ = L_φf = 1
     known = certificate.bound(
-        Constants(*map(jnp.float64, (0, 1, 0, 0, 1, 1))),
-        jnp.float64(1.0),
-        certificate.measure(problem, phi, v, jnp.zeros(6)),
+        mm.problem.Deviations(*map(jnp.float64, (0, measured.gradient, 0, 0, 1, 1))),
+        measured.gradient,
+        measured.residual,
     )
     np.testing.assert_allclose(found.total, known.total, rtol=1e-6)
     assert not found.rigorous

@@ -9,12 +9,9 @@ import numpy as np
 import pandas
 import pytest
 
-from memmeta import checkpoints
 from memmeta.__main__ import main
-from memmeta.config import Config
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
-from memmeta.run_folder import RunFolder
-from memmeta.trainer import make_trainer
+from memmeta.runs import Config, RunFolder, checkpoints, make_trainer
 
 SMALL = [
     *(
@@ -150,7 +147,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, capsys):
 
 
 def test_a_folder_in_use(run, capsys):
-    from memmeta.run_folder import old_run
+    from memmeta.runs import old_run
 
     with old_run(run):
         assert main(["train", "--run", str(run), "--resume"]) == 1

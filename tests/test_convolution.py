@@ -7,9 +7,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from memmeta.models import convolution_forms as forms
-from memmeta.models.convolution import conv
-from memmeta.models.pooling import max_pool
+from memmeta.models import _convolution_forms as forms
+from memmeta.models._convolution import conv
+from memmeta.models._pooling import max_pool
 
 SHAPES = [  # examples, height, width, channels, kernel rows, kernel columns, filters
     (2, 5, 4, 3, 3, 3, 2),

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memmeta.data import DataError, Episodes, Points, archive, load, sampler
+from memmeta.data import DataError, Episodes, Points, load, sampler
+from memmeta.data import _archive as archive
 
 NAMES = ("sinusoid", "tides")
 

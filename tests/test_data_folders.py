@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memmeta.data import DataError, Episodes, HostDataset, cache, folders, load, load_host
-from memmeta.data.class_splits import drawn_split, published_split
-from memmeta.data.plan import ClassItems, Plan
+from memmeta.data import DataError, Episodes, HostDataset, load, load_host
+from memmeta.data import _cache as cache
+from memmeta.data import _folders as folders
+from memmeta.data._class_splits import drawn_split, published_split
+from memmeta.data._plan import ClassItems, Plan
 
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
 SPLITS = ("train", "validation", "test")

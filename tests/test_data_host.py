@@ -18,7 +18,7 @@ from memmeta.data import (
     normalisation,
     sampler,
 )
-from memmeta.data.host import on_host, with_rotations
+from memmeta.data._host import on_host, with_rotations
 
 CLASSES, EXAMPLES = 6, 5
 

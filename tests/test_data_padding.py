@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memmeta import linear_head
+from memmeta import few_shot
 from memmeta.few_shot import head_problem, network_problem
 from memmeta.models import conv4, mlp
 from memmeta.problem import Task
@@ -74,12 +74,13 @@ def test_curvature_bound_and_closed_form(x64):
     problem = head_problem(network, 0.1, False)
     theta = network.init(jax.random.key(1))
     contexts = [problem.embed(theta, task) for task in (whole, padded)]
-    bounds = [linear_head.smoothness_bound(context, 0.1) for context in contexts]
+    bounds = [few_shot.smoothness_bound(context, 0.1) for context in contexts]
     np.testing.assert_allclose(*bounds, rtol=0.1)  # each is a bound, within 16 % of the truth
-    solutions = [linear_head.ridge_solution(context, 0.1, WAYS) for context in contexts]
+    solutions = [few_shot.ridge_solution(context, 0.1, WAYS) for context in contexts]
     for found, expected in zip(*map(jax.tree.leaves, solutions), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
     losses = [
-        problem.head(c).support_loss(jnp.ones((len(c.support_targets), WAYS))) for c in contexts
+        problem.structure.head(c).support_loss(jnp.ones((len(c.support_targets), WAYS)))
+        for c in contexts
     ]
     np.testing.assert_allclose(*losses, rtol=1e-6)

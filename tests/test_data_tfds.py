@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from memmeta.__main__ import main
-from memmeta.data import DataError, class_splits, from_tfds, load, load_host
+from memmeta.data import DataError, load, load_host
+from memmeta.data import _class_splits as class_splits
+from memmeta.data import _from_tfds as from_tfds
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
 array_record = pytest.importorskip("array_record.python.array_record_module")

@@ -24,8 +24,8 @@ def bytes_used(estimator, example, steps):
     inner = mm.InnerLoop(optax.sgd(0.1), steps=steps)
 
     def call(theta, tasks):
-        arguments = (theta, tasks, jnp.ones(1), jax.random.key(0))
-        found = estimator(example.problem, inner, *arguments)
+        chunk = mm.hypergradient.Chunk.of(tasks)
+        found = estimator(example.problem, inner, theta, chunk)
         return found.gradient, found.report
 
     compiled = jax.jit(call).lower(example.theta, example.tasks).compile()

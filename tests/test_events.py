@@ -6,9 +6,10 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from memmeta import events, processes
 from memmeta.__main__ import main
-from memmeta.config import UserError
+from memmeta.runs import UserError
+from memmeta.runs import _events as events
+from memmeta.runs import _processes as processes
 
 
 def records(path):

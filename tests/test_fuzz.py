@@ -15,8 +15,8 @@ from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
 from memmeta.__main__ import main
-from memmeta.config import Config, UserError
 from memmeta.data import DataError, Episodes, load
+from memmeta.runs import Config, UserError
 
 FEW = settings(
     max_examples=25,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memmeta.data import DataError, Episodes, archive, load
+from memmeta.data import DataError, Episodes, load
+from memmeta.data import _archive as archive
 
 SPLITS = ("train", "validation", "test")
 

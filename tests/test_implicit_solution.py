@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import memmeta as mm
-from memmeta.hypergradient.implicit_solution import implicit_solution
+from memmeta.hypergradient import implicit_solution
 
 MATRIX = np.random.default_rng(0).normal(size=(6, 3))
 
@@ -105,7 +105,7 @@ def test_shard_map_over_eight_devices(x64):
 
 def test_memory_does_not_grow_with_inner_steps():
     def temporary_bytes(steps):
-        inner = mm.InnerLoop(mm.gradient_descent(), steps=steps)
+        inner = mm.InnerLoop(mm.inner.gradient_descent(), steps=steps)
         function = implicit_solution(ridge_loss, inner)
         gradient = jax.grad(lambda c: jnp.sum(function(jnp.zeros(3), c) ** 2))
         context = jax.tree.map(jnp.float32, a_context())
@@ -124,7 +124,7 @@ def test_integer_and_key_leaves_and_half_precision():
 
     context = {"key": jax.random.key(1), "index": jnp.int32(1), "scale": jnp.float32(2.0)}
     start = {"x": jnp.zeros(3, jnp.bfloat16), "n": jnp.int32(4)}
-    function = implicit_solution(loss, mm.InnerLoop(mm.gradient_descent(), steps=5))
+    function = implicit_solution(loss, mm.InnerLoop(mm.inner.gradient_descent(), steps=5))
 
     def total(scale):
         return jnp.sum(function(start, context | {"scale": scale})["x"].astype(jnp.float32))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memmeta as mm
-from memmeta import linear_head, linear_solve, trees
+from memmeta import few_shot, linear_solve, trees
 
 SIZE = 8
 GENERAL = {
@@ -216,12 +216,12 @@ def test_never_nan_and_always_honest(spectrum, side):
             )
 
 
-HEADS = {"softmax": linear_head.softmax_problem, "squared": linear_head.squared_problem}
+HEADS = {"softmax": few_shot.softmax_problem, "squared": few_shot.squared_problem}
 
 
 def head_system(loss, ridge, ways=3, samples=4, features=6):
     keys = jax.random.split(jax.random.key(3), 3)
-    context = linear_head.HeadContext(
+    context = few_shot.HeadContext(
         jax.random.normal(keys[0], (samples, features)),
         jnp.arange(samples) % ways,
         jax.random.normal(keys[1], (samples, features)),
@@ -238,9 +238,10 @@ def a_side(init):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def solve_both(problem, context, init, b, damping):
-    solver = linear_solve.woodbury(damping=damping).make(problem, init, context)
+    where = {"problem": problem, "params": init, "context": context}
     product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
-    return solver(product, b), linear_solve.direct(damping=damping)(product, b)
+    woodbury, direct = linear_solve.woodbury(damping=damping), linear_solve.direct(damping=damping)
+    return woodbury(product, b, **where), direct(product, b)
 
 
 @pytest.mark.parametrize("loss", HEADS)
@@ -266,7 +267,8 @@ def test_woodbury_in_float32_whatever_the_scale(loss):
     def solve(context, scale):
         product = jax.linearize(lambda p: jax.grad(problem.inner_loss)(p, context), init)[1]
         side = jax.tree.map(lambda x: scale * x, a_side(init))
-        return linear_solve.woodbury().make(problem, init, context)(product, side)
+        where = {"problem": problem, "params": init, "context": context}
+        return linear_solve.woodbury()(product, side, **where)
 
     found = solve(contexts, scales)
     assert np.all(found.residual[jnp.array([0, 2, 3])] < 1e-3)
@@ -286,8 +288,8 @@ def test_woodbury_without_ridge_or_head():
     assert trees.all_finite(found.value)
     assert linear_solve.explain(found).startswith("Failed")
     headless = mm.Problem(problem.embed, problem.inner_loss, problem.outer_loss, problem.init)
-    with pytest.raises(ValueError, match="expected a problem with a `head`"):
-        linear_solve.woodbury().make(headless, init, context)
+    with pytest.raises(ValueError, match=r"expected a problem with a `structure\.head`"):
+        linear_solve.woodbury()(lambda x: x, init, problem=headless, params=init, context=context)
 
 
 @pytest.mark.parametrize("bad", [-1, 2.5, "3"])
@@ -295,7 +297,7 @@ def test_woodbury_without_ridge_or_head():
 def test_bad_arguments_are_named(name, bad):
     with pytest.raises((ValueError, Exception), match="steps"):
         linear_solve.SOLVERS[name](steps=bad)
-    with pytest.raises(ValueError, match="damping: expected 0 or more, found -1"):
+    with pytest.raises(ValueError, match="damping: expected a finite number, 0 or more, found -1"):
         linear_solve.SOLVERS[name](damping=-1.0)
 
 

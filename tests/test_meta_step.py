@@ -185,7 +185,7 @@ def test_integer_and_key_leaves_are_carried_along():
     ("tasks", "chunk", "message"),
     [
         (jnp.ones((6, 2)), 4, "task_chunk: 4 does not divide the 6 tasks"),
-        (jnp.ones((0, 2)), None, "tasks: found no task"),
+        (jnp.ones((0, 2)), None, "tasks: expected at least one task, found 0"),
         (jnp.float32(1), None, "tasks: every leaf needs the same leading axis"),
         ((jnp.ones(2), jnp.ones(3)), None, "tasks: every leaf needs the same leading axis"),
         ((), None, "no leaf at all"),
@@ -205,7 +205,7 @@ def test_wrong_tasks_are_named(tasks, chunk, message):
 
 def test_wrong_settings_are_named():
     with pytest.raises(
-        ValueError, match='task_chunk: expected "auto", None or at least 1, found 0'
+        ValueError, match="task_chunk: expected a whole number, 1 or more, below 2³¹, found 0"
     ):
         mm.make_meta_step(
             quadratic_problem(),

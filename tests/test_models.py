@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from memmeta.models import conv4, image_chunks, mlp, resnet12
-from memmeta.models.conv4 import ConvBlock
-from memmeta.models.convolution import conv
-from memmeta.models.normalization import EPSILON, BatchNorm, batch_statistics
-from memmeta.models.patch_statistics import convolution_statistics
-from memmeta.models.pooling import max_pool
+from memmeta.models import _image_chunks as image_chunks
+from memmeta.models import conv4, mlp, resnet12
+from memmeta.models._conv4 import ConvBlock
+from memmeta.models._convolution import conv
+from memmeta.models._normalization import EPSILON, BatchNorm, batch_statistics
+from memmeta.models._patch_statistics import convolution_statistics
+from memmeta.models._pooling import max_pool
 
 NETWORKS = {
     "conv4": (lambda **o: conv4(5, width=4, image_shape=(18, 16, 3), **o), (18, 16, 3), 4),

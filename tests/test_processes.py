@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_faults import QUICK, TINY, final_state, lines, start_with, wait_for_lines
 
-from memmeta import checkpoints, processes
 from memmeta.__main__ import main
+from memmeta.runs import _processes as processes
+from memmeta.runs import checkpoints
 
 
 def assert_close(first, second):

@@ -6,7 +6,7 @@ import nbformat
 from nbclient import NotebookClient
 from rich.console import Console
 
-from memmeta import progress
+from memmeta.runs import _progress as progress
 
 FIRST = {"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0, "masked": 0}
 LAST = {**FIRST, "step": 40, "masked": 2, "validation_accuracy": 0.8, "validation_interval": 0.02}
@@ -37,8 +37,8 @@ def test_a_terminal_gets_a_bar_and_keeps_what_was_judged(monkeypatch):
 
 def test_a_notebook_gets_one_output_that_is_redrawn(tmp_path):
     code = f"""
-from memmeta import progress
-with progress.shown(40) as show:
+from memmeta.runs import shown
+with shown(40) as show:
     show({FIRST!r})
     show({LAST!r})
 """

@@ -11,7 +11,7 @@ from problems import quadratic_hypergradient, quadratic_problem, quadratic_tasks
 import memmeta as mm
 from memmeta.hypergradient import implicit
 from memmeta.linear_solve import cg
-from memmeta.rates import propose
+from memmeta.meta import propose
 
 
 def test_promise_on_the_quadratic(x64):

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memmeta import checkpoints
 from memmeta.__main__ import main
-from memmeta.report import judge, judge_all, write
-from memmeta.report.charts import in_page_colours
-from memmeta.report.judge import probabilities
-from memmeta.report.page import html
-from memmeta.report.remarks import remarks
-from memmeta.run_folder import RunFolder
-from memmeta.trainer import make_trainer
+from memmeta.runs import RunFolder, checkpoints, make_trainer
+from memmeta.runs.report import judge, judge_all, write
+from memmeta.runs.report._charts import in_page_colours
+from memmeta.runs.report._judge import probabilities
+from memmeta.runs.report._page import html
+from memmeta.runs.report._remarks import remarks
 
 SMALL = [
     "--ways=3",
@@ -83,7 +81,7 @@ def test_the_page_needs_no_network(judged, tmp_path):
 
 
 def test_names_inside_the_page_are_its_own(judged):
-    from memmeta.report.charts import charts
+    from memmeta.runs.report._charts import charts
 
     sections = charts([judged], 2)
     text = html([judged], sections)

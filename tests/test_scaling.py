@@ -9,8 +9,8 @@ from problems import quadratic_problem, quadratic_tasks
 import memmeta as mm
 from benchmarks.pod import Chip, Work, arithmetic, curve, first_break, predicted, work
 from benchmarks.scaling import aims, collectives
-from memmeta import devices
-from memmeta.models.convolution import conv
+from memmeta.meta import _mesh as devices
+from memmeta.models._convolution import conv
 
 CHIP = Chip(peak=1e12, share=0.5, bandwidth=1e9, latency=1e-6, torus=2, launch=1e-6)
 WORK = Work(flops=1e9, products=10, parameters=1000, summed=1000)

@@ -14,12 +14,11 @@ from problems import quadratic_problem, quadratic_tasks
 import memmeta as mm
 from benchmarks.scaling import collectives
 from benchmarks.workloads import compiled
-from memmeta import devices
-from memmeta.algorithms import METHODS
-from memmeta.config import Config
 from memmeta.data import Episodes, load
+from memmeta.few_shot.algorithms import METHODS
 from memmeta.hypergradient import ESTIMATORS
-from memmeta.trainer import make_trainer
+from memmeta.meta import _mesh as devices
+from memmeta.runs import Config, make_trainer
 
 QUICK = ("implicit", "unrolled", "forward_mode-random", "first_order", "memory_reduced", "maml")
 
@@ -63,7 +62,7 @@ def without_iterations(metrics):
     """Rounding decides whether a linear solver that is done makes one step more."""
 
     def without(found):
-        return found._replace(report=found.report._replace(linear_iterations=0))
+        return found._replace(report=found.report._replace(linear_iterations=None))
 
     return without(metrics)._replace(tasks=without(metrics.tasks))
 
@@ -79,8 +78,8 @@ def test_eight_devices_give_what_one_gives(x64, name):
     (alone, alone_metrics), (spread, metrics) = found
     assert_close(alone.meta_params, spread.meta_params)
     assert_close(without_iterations(alone_metrics), without_iterations(metrics))
-    counts = [found.tasks.report.linear_iterations for found in (alone_metrics, metrics)]
-    np.testing.assert_allclose(*counts, atol=1)
+    if (count := metrics.tasks.report.linear_iterations) is not None:
+        np.testing.assert_allclose(alone_metrics.tasks.report.linear_iterations, count, atol=1)
     assert metrics.tasks.loss.sharding.spec == PartitionSpec("tasks")
 
 
@@ -207,7 +206,12 @@ def test_an_explicit_mesh_is_taken_as_it_comes():
     ("mesh", "chunk", "tasks", "message"),
     [
         (Mesh(np.array(jax.devices()), ("data",)), None, 8, r"mesh: .*found \('data',\)"),
-        (mesh_of(8), None, 6, "tasks: found 6, expected a multiple of the 8 devices"),
+        (
+            mesh_of(8),
+            None,
+            6,
+            "tasks: expected a multiple of the 8 devices they are spread over, found 6",
+        ),
         (mesh_of(2), 3, 8, "task_chunk: 3 does not divide the 4 tasks"),
     ],
 )

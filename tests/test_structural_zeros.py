@@ -31,7 +31,7 @@ TASKS = jnp.ones((2, 3))
 def learned_rate():
     """A solver whose rate is a meta-parameter (Meta-SGD)."""
 
-    def update(problem, params, state, context):
+    def update(problem, params, state, context, step, key):
         gradient = jax.grad(problem.inner_loss)(params, context)
         return params - context[0]["rate"] * gradient, state, mm.trees.norm(gradient)
 
@@ -40,11 +40,9 @@ def learned_rate():
 
 def traced(name, theta, problem, inner=None):
     estimator = ESTIMATORS[name].make()
-    loop = inner or mm.InnerLoop(mm.gradient_descent(), steps=5)
+    loop = inner or mm.InnerLoop(mm.inner.gradient_descent(), steps=5)
     return jax.eval_shape(
-        lambda theta: (
-            estimator(problem, loop, theta, TASKS, jnp.ones(2), jax.random.key(0)).gradient
-        ),
+        lambda theta: estimator(problem, loop, theta, mm.hypergradient.Chunk.of(TASKS)).gradient,
         theta,
     )
 
@@ -75,9 +73,9 @@ def test_an_inner_rate_where_steps_are_differentiated(name):
 
 def test_truncated_to_no_less_than_all_steps_sees_the_start():
     estimator = mm.hypergradient.truncated(last=5)
-    inner = mm.InnerLoop(mm.gradient_descent(), steps=5)
+    inner = mm.InnerLoop(mm.inner.gradient_descent(), steps=5)
     jax.eval_shape(
-        lambda t: estimator(problem(), inner, t, TASKS, jnp.ones(2), jax.random.key(0)).gradient,
+        lambda t: estimator(problem(), inner, t, mm.hypergradient.Chunk.of(TASKS)).gradient,
         THETA,
     )
 
@@ -107,20 +105,26 @@ def test_nothing_is_refused_where_everything_is_seen(name):
 
 def test_estimators_for_heads_say_so():
     for name in ("sample_space-steps", "sample_space-solution", "implicit-woodbury"):
-        with pytest.raises(ValueError, match=r"expected a problem with a `head`"):
+        with pytest.raises(ValueError, match=r"expected a problem with a `structure.head`"):
             traced(name, THETA, problem(proximal=1.0))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda h: h.unrolled("some"), "remat: expected one of none, step, sqrt, recursive"),
-        (lambda h: h.truncated(0), "last: expected a whole number of steps, 1 or more, found 0"),
-        (lambda h: h.forward_mode(0), "directions: expected a whole number, 1 or more, found 0"),
-        (lambda h: h.evolution_strategies(4, scale=0.0), "scale: expected a positive"),
-        (lambda h: h.finite_difference(4, scale=-1.0), "scale: expected a positive"),
-        (lambda h: h.hessian_free(0.0), "scale: expected a positive"),
-        (lambda h: h.sample_space("all"), "differentiate: expected one of steps, solution"),
+        (
+            lambda h: h.unrolled("some"),
+            "remat: expected one of .none., .step., .sqrt., .recursive.",
+        ),
+        (lambda h: h.truncated(0), "last: expected a whole number, 1 or more, below 2³¹, found 0"),
+        (
+            lambda h: h.forward_mode(0),
+            "directions: expected a whole number, 1 or more, below 2³¹, found 0",
+        ),
+        (lambda h: h.evolution_strategies(4, scale=0.0), "scale: expected a finite number above 0"),
+        (lambda h: h.finite_difference(4, scale=-1.0), "scale: expected a finite number above 0"),
+        (lambda h: h.hessian_free(0.0), "scale: expected a finite number above 0"),
+        (lambda h: h.sample_space("all"), "differentiate: expected one of .steps., .solution."),
     ],
 )
 def test_bad_options_are_named(make, message):

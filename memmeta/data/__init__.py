@@ -1,12 +1,12 @@
 """Data sets by name, and the samplers that draw their tasks on the device."""
 
-from memmeta.data.augmentation import Augmentation, normalisation
-from memmeta.data.curves import Points
-from memmeta.data.dataset import DataError, Dataset
-from memmeta.data.episodes import Episodes
-from memmeta.data.host import HostDataset, HostEpisodes
-from memmeta.data.registry import SOURCES, Sampler, Split, load, load_host, sampler
-from memmeta.data.warp import Warp
+from memmeta.data._augmentation import Augmentation, normalisation
+from memmeta.data._curves import Points
+from memmeta.data._dataset import DataError, Dataset
+from memmeta.data._episodes import Episodes
+from memmeta.data._host import HostDataset, HostEpisodes
+from memmeta.data._registry import SOURCES, Sampler, Split, load, load_host, sampler
+from memmeta.data._warp import Warp
 
 __all__ = [
     "SOURCES",

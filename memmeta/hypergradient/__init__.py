@@ -1,29 +1,38 @@
-"""Hypergradient estimators: one file each, all behind the seam of `estimator`."""
+"""Hypergradient estimators: one file each, all behind one seam."""
 
-from memmeta.hypergradient.catalogue import ESTIMATORS
-from memmeta.hypergradient.estimator import Estimator, Hypergradient, per_task
-from memmeta.hypergradient.evolution_strategies import evolution_strategies
-from memmeta.hypergradient.finite_difference import finite_difference
-from memmeta.hypergradient.first_order import first_order, reptile
-from memmeta.hypergradient.forward_mode import forward_mode
-from memmeta.hypergradient.hessian_free import hessian_free
-from memmeta.hypergradient.implicit import implicit
-from memmeta.hypergradient.implicit_solution import implicit_solution
-from memmeta.hypergradient.mixed_mode import mixed_mode
-from memmeta.hypergradient.report import Report
-from memmeta.hypergradient.sample_space import sample_space
-from memmeta.hypergradient.truncated import truncated
-from memmeta.hypergradient.unrolled import unrolled
-from memmeta.hypergradient.warm import Memory, Scheduled, Warm
+from memmeta.hypergradient._catalogue import ESTIMATORS, Entry
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task
+from memmeta.hypergradient._evolution_strategies import evolution_strategies
+from memmeta.hypergradient._finite_difference import finite_difference
+from memmeta.hypergradient._first_order import first_order, reptile
+from memmeta.hypergradient._forward_mode import forward_mode
+from memmeta.hypergradient._hessian_free import hessian_free
+from memmeta.hypergradient._implicit import implicit
+from memmeta.hypergradient._implicit_solution import implicit_solution
+from memmeta.hypergradient._mixed_mode import mixed_mode
+from memmeta.hypergradient._sample_space import sample_space
+from memmeta.hypergradient._seam import (
+    Chunk,
+    Estimator,
+    Hypergradient,
+    Memory,
+    Report,
+    report_of_loop,
+    scheduled,
+)
+from memmeta.hypergradient._truncated import truncated
+from memmeta.hypergradient._unrolled import unrolled
 
 __all__ = [
     "ESTIMATORS",
+    "Chunk",
+    "Entry",
     "Estimator",
     "Hypergradient",
     "Memory",
     "Report",
-    "Scheduled",
-    "Warm",
+    "TaskGradient",
+    "TaskStart",
     "evolution_strategies",
     "finite_difference",
     "first_order",
@@ -33,8 +42,10 @@ __all__ = [
     "implicit_solution",
     "mixed_mode",
     "per_task",
+    "report_of_loop",
     "reptile",
     "sample_space",
+    "scheduled",
     "truncated",
     "unrolled",
 ]

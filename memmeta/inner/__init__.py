@@ -1,20 +1,28 @@
 """The inner loop and what makes its steps: any optax optimiser, or solvers that cannot diverge."""
 
-from memmeta.inner.descent import accelerated, gradient_descent, power_iteration
-from memmeta.inner.loop import InnerLoop, InnerState, widened
-from memmeta.inner.newton import newton
-from memmeta.inner.second_order import hessian_product
-from memmeta.inner.solver import InnerSolver, from_optax
+from collections.abc import Callable
+
+from memmeta.inner._descent import accelerated, gradient_descent, largest_curvature
+from memmeta.inner._loop import InnerLoop, InnerState, widened
+from memmeta.inner._newton import newton
+from memmeta.inner._solver import InnerSolver, from_optax
+
+SOLVERS: dict[str, Callable[[], InnerSolver]] = {
+    "accelerated": accelerated,
+    "gradient_descent": gradient_descent,
+    "newton": newton,
+}
+"""Every solver, by name; the shared conformance test runs over this list."""
 
 __all__ = [
+    "SOLVERS",
     "InnerLoop",
     "InnerSolver",
     "InnerState",
     "accelerated",
     "from_optax",
     "gradient_descent",
-    "hessian_product",
+    "largest_curvature",
     "newton",
-    "power_iteration",
     "widened",
 ]

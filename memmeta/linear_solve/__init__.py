@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 
-from memmeta.linear_solve.cg import cg
-from memmeta.linear_solve.direct import direct
-from memmeta.linear_solve.jacobi import jacobi
-from memmeta.linear_solve.minres import minres
-from memmeta.linear_solve.neumann import neumann
-from memmeta.linear_solve.solution import LinearSolution, LinearSolver, SolverAt, explain
-from memmeta.linear_solve.woodbury import woodbury
+from memmeta.linear_solve._cg import cg
+from memmeta.linear_solve._direct import direct
+from memmeta.linear_solve._jacobi import jacobi
+from memmeta.linear_solve._minres import minres
+from memmeta.linear_solve._neumann import neumann
+from memmeta.linear_solve._solution import LinearSolution, LinearSolver, explain, make_solver
+from memmeta.linear_solve._spectrum import extreme_eigenvalues, power_iteration
+from memmeta.linear_solve._woodbury import woodbury
 
-SOLVERS: dict[str, Callable[..., LinearSolver | SolverAt]] = {
+SOLVERS: dict[str, Callable[..., LinearSolver]] = {
     "cg": cg,
     "direct": direct,
     "minres": minres,
@@ -23,12 +24,14 @@ __all__ = [
     "SOLVERS",
     "LinearSolution",
     "LinearSolver",
-    "SolverAt",
     "cg",
     "direct",
     "explain",
+    "extreme_eigenvalues",
     "jacobi",
+    "make_solver",
     "minres",
     "neumann",
+    "power_iteration",
     "woodbury",
 ]

@@ -1,0 +1,53 @@
+"""Refuse arguments, saying which one, what was found and what was expected."""
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+
+def require(name: str, found: Any, holds: bool, expected: str, remedy: str = "") -> None:
+    """Raise unless a condition on an argument holds.
+
+    Args:
+        name: of the argument.
+        found: its value.
+        holds: the condition.
+        expected: what should have been there.
+        remedy: what to do about it, one sentence or none.
+
+    Raises:
+        ValueError: it does not.
+
+    Example:
+        >>> require("steps", -1, False, "a whole number, 0 or more")
+        Traceback (most recent call last):
+        ValueError: steps: expected a whole number, 0 or more, found -1.
+    """
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found!r}. {remedy}".rstrip())
+
+
+def count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number, is less than `least`, or does not fit an int32."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    fits = whole and least <= int(value) < 2**31
+    require(name, value, fits, f"a whole number, {least} or more, below 2³¹")
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuse what is no finite number above 0."""
+    require(name, value, _finite(value) and value > 0, "a finite number above 0")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """Refuse what is no finite number, 0 or more."""
+    require(name, value, _finite(value) and value >= 0, "a finite number, 0 or more")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
+    """Refuse what is not in a list."""
+    require(name, value, value in options, f"one of {', '.join(map(repr, options))}")

@@ -1,0 +1,276 @@
+r"""An estimate of a hypergradient's error, from derivatives at φ̂ and at a second point.
+
+Nothing is assumed of how φ̂ and v̂ were found: a linear solver's v̂ serves, and so does the one that
+an unrolled loop amounts to (see `tilted`). No linear system is solved here.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memmeta import trees
+from memmeta.certificate._bound import Certificate
+from memmeta.linear_solve import extreme_eigenvalues, power_iteration
+from memmeta.linear_solve._solution import dot
+from memmeta.problem import (
+    Context,
+    Params,
+    Problem,
+    Scalar,
+    SplitContext,
+    hessian_product,
+    outer_gradients,
+    products,
+)
+
+
+class Residuals(NamedTuple):
+    r"""∇_φ g, and the derivatives of f − ⟨∇_φ g, v̂⟩ with v̂ held fixed.
+
+    Attributes:
+        inner: ∇_φ g.
+        params: r = ∂_φ f − ∂²_φφ g v̂, what the linear solver left over.
+        context: ∂_c f − ∂²_cφ g v̂, the implicit hypergradient in the context.
+    """
+
+    inner: Params
+    params: Params
+    context: Context
+
+
+def residuals(
+    problem: Problem,
+    params: Params,
+    v: Params,
+    outer: tuple[Params, Context],
+    context: SplitContext,
+) -> Residuals:
+    """The residuals at φ̂, from `outer_gradients` there and one mixed product."""
+    found = products(problem, params, v, context)
+    return Residuals(
+        found.gradient,
+        *jax.tree.map(jnp.subtract, outer, (found.hessian, found.mixed)),
+    )
+
+
+def gain_along(
+    problem: Problem, params: Params, direction: Params, context: SplitContext
+) -> Scalar:
+    r"""‖∂²_cφ g u‖ / ‖u‖: how strongly the context acts on ∇_φ g along one direction u."""
+    return _ratio(products(problem, params, direction, context).mixed, direction)
+
+
+def second_look(
+    problem: Problem,
+    params: Params,
+    v: Params,
+    outer: tuple[Params, Context],
+    context: SplitContext,
+    curvature: Scalar,
+    gain: Scalar | None = None,
+    left: Scalar | None = None,
+) -> tuple[Residuals, Certificate]:
+    r"""The implicit hypergradient at φ̂ and v̂, and its error from a second look at φ̂ − δ.
+
+    With δ = ∇_φ g / μ̂ for the way to the inner solution, Δ for the change from φ̂ to φ̂ − δ, and r
+    for ∂_φ f − ∂²_φφ g v̂ at φ̂,
+    $$\underbrace{\|\Delta(\partial_c f - \partial^2_{c\phi} g\, \hat v)\| + \frac{C}{\hat\mu}
+      \|\Delta(\partial_\phi f - \partial^2_{\phi\phi} g\, \hat v)\|}_{\text{inner}}
+      + \underbrace{\frac{C}{\hat\mu} \|r\|}_{\text{linear}}, \qquad
+      C = \|\partial^2_{c\phi} g\, \hat v\| / \|\hat v\|$$
+
+    Its first term is the inner loop's error at fixed v̂, the others are those of v̂, through the
+    inner loop and through r. An estimate: μ̂ may be too large where it was only met and not given,
+    and ∂²_cφ g may act more strongly than along v̂. Two mixed products and a gradient of f.
+
+    Args:
+        problem: both losses are used.
+        params: φ̂.
+        v: v̂.
+        outer: `outer_gradients` at φ̂, which are known by then.
+        context: of one task.
+        curvature: μ̂; where it is not positive, or not known, the estimate is infinite.
+        gain: C, where it is known otherwise.
+        left: ‖r‖ of the v̂ that is meant, where the one given only stands for it.
+
+    Returns:
+        The residuals at φ̂, and the estimate.
+
+    Source: first-order expansion of the error in Pedregosa (ICML 2016), Theorem 1.
+    """
+    known = (curvature > 0) & jnp.isfinite(curvature)
+    here = residuals(problem, params, v, outer, context)
+    rate = 1 / jnp.where(known, curvature, 1)
+    moved = jax.tree.map(lambda p, g: p - rate.astype(g.dtype) * g, params, here.inner)
+    # Without the barriers XLA (0.10) starts all passes at once and keeps what each stores.
+    moved, here = jax.lax.optimization_barrier((moved, here))
+    outer_there = outer_gradients(problem, moved, context)
+    moved, outer_there = jax.lax.optimization_barrier((moved, outer_there))
+    there = residuals(problem, moved, v, outer_there, context)
+
+    change = jax.tree.map(jnp.subtract, there, here)
+    if gain is None:
+        gain = _ratio(jax.tree.map(jnp.subtract, outer[1], here.context), v)
+    left = trees.norm(here.params) if left is None else left
+    by_inner = trees.norm(change.context) + gain * trees.norm(change.params) * rate
+    by_linear = gain * left * rate
+
+    def unless_unknown(value: Scalar) -> Scalar:
+        return jnp.where(known & jnp.isfinite(by_inner + by_linear), value, jnp.inf)
+
+    distance = unless_unknown(trees.norm(here.inner) * rate)
+    parts = unless_unknown(by_inner), unless_unknown(by_linear), distance
+    return here, Certificate(*parts, rigorous=jnp.bool_(False))
+
+
+def _ratio(image: Context, direction: Params) -> Scalar:
+    length = trees.norm(direction)
+    return trees.norm(image) / jnp.where(length > 0, length, 1)
+
+
+def estimate(
+    problem: Problem, params: Params, solution: Params, context: Context, steps: int = 10
+) -> Certificate:
+    r"""An estimate of the error at φ̂ and v̂, for losses whose constants nobody can give.
+
+    `second_look` with a measured μ̂ and C: μ̂ is `Problem.strong_convexity`, or else the smallest
+    Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the smallest eigenvalue), and
+    C = ‖∂²_cφ g‖ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g.
+
+    Costs about 3 · `steps` Hessian-vector products.
+
+    Args:
+        problem: any.
+        params: φ̂.
+        solution: v̂.
+        context: of the task; its inexact leaves are what the error is measured in.
+        steps: of Lanczos and of the power iteration.
+
+    Returns:
+        The `Certificate`, marked as not rigorous; infinite where the curvature is not positive.
+
+    Example:
+        >>> problem = Problem(
+        ...     embed=lambda theta, batch: theta,
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2),
+        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum(phi**2), {}),
+        ...     init=jnp.zeros_like,
+        ... )
+        >>> found = estimate(problem, jnp.ones(2), jnp.zeros(2), jnp.zeros(2))
+        >>> round(float(found.total), 2), bool(found.rigorous)
+        (2.83, False)
+    """
+    split = SplitContext(*trees.split_inexact(context))
+    gradient, product = hessian_product(problem, params, context)
+    if problem.strong_convexity is None:
+        curvature = extreme_eigenvalues(product, gradient, steps)[0]
+    else:
+        curvature = problem.strong_convexity(context)
+
+    def inner_gradient(active: Context) -> Params:
+        return jax.grad(problem.inner_loss)(params, split.at(active))
+
+    _, forward = jax.linearize(inner_gradient, split.active)
+    backward = jax.linear_transpose(forward, split.active)
+    still = trees.norm(gradient) == 0  # a converged φ̂ gives no direction
+    first = jax.tree.map(lambda g: jnp.where(still, 1, g).astype(g.dtype), gradient)
+    gain = jnp.sqrt(power_iteration(lambda u: forward(*backward(u)), first, steps))
+    outer = outer_gradients(problem, params, split)
+    curvature = curvature.astype(gain.dtype)
+    return second_look(problem, params, solution, outer, split, curvature, gain)[1]
+
+
+def given_curvature(problem: Problem, context: Context, like: Scalar) -> Scalar:
+    """μ, in the dtype of `like`."""
+    assert problem.strong_convexity is not None
+    return problem.strong_convexity(context).astype(like.dtype)
+
+
+def tilted(problem: Problem, tilt: Params | None) -> Problem:
+    r"""The problem with g + ⟨e, φ⟩ in place of g.
+
+    At an inner solution dφ*/de = −[∂²_φφ g]⁻¹. So the cotangent of e after a loop is −v̂ of the
+    linear solve that the loop amounts to, for any inner solver: with gradient descent, for
+    instance, K terms of the Neumann series. The values are those of e = 0.
+
+    Args:
+        problem: the problem.
+        tilt: e, zeros like φ; None leaves the problem as it is.
+    """
+    if tilt is None:
+        return problem
+
+    def inner_loss(params: Params, context: Context) -> Scalar:
+        loss = problem.inner_loss(params, context)
+        return loss + dot(tilt, params).astype(loss.dtype)
+
+    return replace(problem, inner_loss=inner_loss)
+
+
+def error_of_claimed(
+    problem: Problem, params: Params, v: Params, claimed: Context, context: SplitContext
+) -> tuple[Scalar, Scalar]:
+    r"""The error of a hypergradient that was found otherwise than from its v̂.
+
+    $$\|\bar c - \nabla_c\| + \|\nabla_c - \nabla F\|, \qquad
+      \nabla_c = \partial_c f - \partial^2_{c\phi} g \, \hat v$$
+
+    the first measured, the second by `second_look`.
+
+    Args:
+        problem: with a `strong_convexity`.
+        params: φ̂.
+        v: v̂.
+        claimed: c̄, the hypergradient in the context's active leaves.
+        context: of one task.
+
+    Returns:
+        The estimate, and the curvature v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂ met on the way.
+    """
+    # Otherwise XLA begins while the loop's backward pass still holds its iterates.
+    params, v, claimed = jax.lax.optimization_barrier((params, v, claimed))
+    outer = outer_gradients(problem, params, context)
+    length = trees.norm(v)
+    curvature = given_curvature(problem, context.whole, length)
+    here, error = second_look(problem, params, v, outer, context, curvature)
+    quotient = dot(v, jax.tree.map(jnp.subtract, outer[0], here.params))
+    met = jnp.where(length > 0, quotient / jnp.where(length > 0, length, 1) ** 2, jnp.inf)
+    return trees.norm(jax.tree.map(jnp.subtract, claimed, here.context)) + error.total, met
+
+
+def error_of_loop(
+    problem: Problem, start: Params, params: Params, context: SplitContext, start_counts: bool
+) -> Scalar:
+    r"""The error of the exact gradient of a loop that nobody differentiates in reverse.
+
+    What the loop has left of ∂_φ f is not known then. It is taken to be the share that the loop has
+    left of ∇_φ g; in the terms of `second_look`,
+    $$\|r\| \approx \|\partial_\phi f\| \,
+      \|\nabla_\phi g(\phi_K)\| / \|\nabla_\phi g(\phi_0)\|$$
+
+    and v̂ stands along ∂_φ f, as long as one step of steepest descent makes it. Three mixed
+    products, two gradients of f and one of g.
+
+    Args:
+        problem: with a `strong_convexity`.
+        start: φ₀.
+        params: φ_K.
+        context: of one task.
+        start_counts: whether φ₀ depends on θ: then what is left of ∂_φ f reaches θ through it.
+
+    Returns:
+        The estimate.
+    """
+    outer = outer_gradients(problem, params, context)
+    length = trees.norm(outer[0])
+    here = products(problem, params, outer[0], context)
+    quotient = dot(outer[0], here.hessian)
+    scale = jnp.where(quotient > 0, length**2 / jnp.where(quotient > 0, quotient, 1), 0)
+    first = trees.norm(jax.grad(problem.inner_loss)(start, context.whole))
+    left = length * trees.norm(here.gradient) / jnp.where(first > 0, first, 1)
+    v = jax.tree.map(lambda x: scale.astype(x.dtype) * x, outer[0])
+    curvature = given_curvature(problem, context.whole, length)
+    error = second_look(problem, params, v, outer, context, curvature, left=left)[1].total
+    return error + left if start_counts else error

@@ -1,0 +1,243 @@
+"""Data sets by tensorflow-datasets: `omniglot`, `cifar_fs`, `fc100`, and any other by name.
+
+Read from ArrayRecord files without TensorFlow, then kept in a cache of our own. Only the first
+download and preparation of the files needs TensorFlow, in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memmeta.data._cache import ensure_cache, open_cache
+from memmeta.data._class_splits import drawn_split, published_split
+from memmeta.data._dataset import DataError
+from memmeta.data._host import HostDataset, with_rotations
+from memmeta.data._images import resized
+from memmeta.data._plan import ClassItems, Plan
+
+READ_PIP = "pip install 'memmeta[tfds]'"
+PREPARE_PIP = "pip install 'memmeta[tfds-prepare]'"
+LARGEST = 84  # pixels a side; larger images of `tfds:NAME`, and images of varying size, become this
+PREPARE = """
+import sys
+import tensorflow_datasets as tfds
+builder = tfds.builder(sys.argv[1], data_dir=sys.argv[2] or None, file_format="array_record")
+builder.download_and_prepare()
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prepared data set: its labels in memory, its examples on disk.
+
+    Attributes:
+        examples: of each of its own splits, by number.
+        labels: of each of its own splits, for each key: the label of every example.
+        label_names: for each key.
+    """
+
+    examples: dict[str, Any]
+    labels: dict[str, dict[str, np.ndarray]]
+    label_names: dict[str, list[str]]
+
+    def classes(self, group: str | None, splits: Iterable[str]) -> list[ClassItems]:
+        """The classes found in some of its own splits, with the (split, number) of each example."""
+        found: dict[int, list[tuple[str, int]]] = {}
+        groups: dict[int, str] = {}
+        for split in splits:
+            labels = self.labels[split]
+            for number, label in enumerate(labels["label"].tolist()):
+                if label >= 0:  # -1 marks the examples of test sets without labels
+                    found.setdefault(label, []).append((split, number))
+                    if group is not None:
+                        groups[label] = self.label_names[group][labels[group][number]]
+        names = self.label_names["label"]
+        return [ClassItems(names[k], groups.get(k, ""), tuple(found[k])) for k in sorted(found)]
+
+
+def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
+    """One split of a data set by tensorflow-datasets, downloaded and converted on first use.
+
+    `omniglot`: 1100, 100 and 423 characters drawn at random over all alphabets, as MAML papers do,
+    and each turned by 90, 180 and 270 degrees as classes of their own. `omniglot_alphabets`: the
+    authors' 30 background alphabets, of which five are the validation split, and 20 others; groups
+    are alphabets. Both 28 x 28, white on black. `cifar_fs` and `fc100`: 32 x 32 RGB, the published
+    class splits (`class_splits/`); groups are the superclasses. `tfds:NAME`: any builder with
+    supervised keys (image, label); the split is drawn: 64, 16 and 20 % of the classes.
+
+    Args:
+        name: the data set's name.
+        split: "train", "validation" or "test".
+        data_dir: the folder of tensorflow-datasets; None: its own default.
+
+    Returns:
+        The split, memory-mapped.
+
+    Raises:
+        DataError: an extra is not installed (the message has the pip line), the download failed,
+            or the builder is not one of images and labels.
+    """
+    cache = _caches(data_dir) / name.replace(":", "-").replace("/", "-")
+    ensure_cache(cache, lambda: make_plan(name, data_dir))
+    dataset = open_cache(cache, split)
+    return with_rotations(dataset) if name == "omniglot" else dataset
+
+
+def _caches(data_dir: Path | None) -> Path:
+    if data_dir is not None:
+        return data_dir / ".memmeta"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "memmeta" / "data"
+
+
+def make_plan(name: str, data_dir: Path | None) -> Plan:
+    """Find the classes and examples of each split; downloads and prepares the data first.
+
+    Args:
+        name: the data set's name.
+        data_dir: as for `load_tfds`.
+
+    Returns:
+        The plan of the conversion.
+
+    Raises:
+        DataError: as `load_tfds`.
+    """
+    if name.startswith("omniglot"):
+        return _omniglot(name, data_dir)
+    if name.startswith("tfds:"):
+        return _any(name, data_dir)
+    source, _ = read_source("cifar100", data_dir, ("label", "coarse_label"))
+    classes = source.classes("coarse_label", source.examples)
+    splits = published_split(name).divide(classes)
+    return Plan(name, (32, 32, 3), splits, lambda item: _image(source, item))
+
+
+def _omniglot(name: str, data_dir: Path | None) -> Plan:
+    source, _ = read_source("omniglot", data_dir, ("label", "alphabet"))
+
+    def read(item: tuple[str, int]) -> np.ndarray:
+        grey = 255 - _image(source, item)[..., :1]  # strokes are black there
+        return resized(grey, 28)
+
+    if name == "omniglot":
+        classes = source.classes(None, ("train", "test"))
+        return Plan(name, (28, 28, 1), drawn_split(classes, 0, 1100, 100), read)
+    background = source.classes("alphabet", ("train",))
+    alphabets = [ClassItems(group, "", ()) for group in sorted({c.group for c in background})]
+    if len(alphabets) < 7:
+        raise DataError(f"{name}: found {len(alphabets)} background alphabets, expected 30")
+    kept = {item.name for item in drawn_split(alphabets, 0, len(alphabets) - 6, 5)["validation"]}
+    splits = {
+        "train": [item for item in background if item.group not in kept],
+        "validation": [item for item in background if item.group in kept],
+        "test": source.classes("alphabet", ("test",)),
+    }
+    return Plan(name, (28, 28, 1), splits, read, within_group=True)
+
+
+def _any(name: str, data_dir: Path | None) -> Plan:
+    source, shape = read_source(name.removeprefix("tfds:"), data_dir, ("label",))
+    height, width, channels = shape
+    side = height if height == width and height is not None else LARGEST
+    side = min(side, LARGEST)
+    classes = source.classes(None, source.examples)
+    counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
+    return Plan(
+        name,
+        (side, side, channels),
+        drawn_split(classes, 0, *counts),
+        lambda item: resized(_image(source, item), side),
+    )
+
+
+def _image(source: Source, item: tuple[str, int]) -> np.ndarray:
+    split, number = item
+    return np.asarray(source.examples[split][number]["image"])
+
+
+def read_source(
+    builder_name: str, data_dir: Path | None, keys: Sequence[str]
+) -> tuple[Source, tuple[int | None, int | None, int]]:
+    """Open a data set of tensorflow-datasets, preparing it first if that is not done.
+
+    Args:
+        builder_name: as in its catalogue, with a configuration after a slash where there are some.
+        data_dir: its folder; None: the default of tensorflow-datasets.
+        keys: the features that hold labels.
+
+    Returns:
+        The data set and the shape of its images, None where it varies.
+
+    Raises:
+        DataError: as `load_tfds`.
+    """
+    tfds = _tensorflow_datasets()
+    where = None if data_dir is None else str(data_dir)
+    try:
+        builder = tfds.builder(builder_name, data_dir=where)
+        if not builder.is_prepared():
+            prepare(builder_name, data_dir)
+            builder = tfds.builder(builder_name, data_dir=where)
+        features = builder.info.features
+        _check_features(tfds, builder_name, features, keys)
+        examples = dict(builder.as_data_source())
+        skip = {"image": tfds.decode.SkipDecoding()}
+        labels = {}
+        for split, undecoded in builder.as_data_source(decoders=skip).items():
+            found = [[example[key] for key in keys] for example in undecoded]
+            columns = np.array(found, np.int64).reshape(-1, len(keys)).T
+            labels[split] = dict(zip(keys, columns, strict=True))
+    except (tfds.core.DatasetNotFoundError, NotImplementedError) as error:
+        raise DataError(
+            f"tfds:{builder_name} cannot be read ({str(error).splitlines()[0]}): it must be a data "
+            "set of tensorflow-datasets, prepared in the format array_record"
+        ) from error
+    names = {key: list(features[key].names) for key in keys}
+    return Source(examples, labels, names), tuple(features["image"].shape)
+
+
+def _check_features(tfds: Any, builder_name: str, features: Any, keys: Sequence[str]) -> None:
+    found = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    image = isinstance(found.get("image"), tfds.features.Image)
+    if not image or not all(isinstance(found.get(k), tfds.features.ClassLabel) for k in keys):
+        raise DataError(
+            f"tfds:{builder_name} has the features {sorted(found)}: expected an image and a label"
+        )
+
+
+def _tensorflow_datasets() -> Any:
+    try:
+        import array_record.python.array_record_data_source  # noqa: F401
+        import PIL  # noqa: F401
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(f"this data set needs tensorflow-datasets ({error}): {READ_PIP}") from error
+    return tfds
+
+
+def prepare(builder_name: str, data_dir: Path | None) -> None:
+    """Download a data set and write its ArrayRecord files, in a process of its own.
+
+    Args:
+        builder_name: as in the catalogue of tensorflow-datasets.
+        data_dir: its folder; None: the default.
+
+    Raises:
+        DataError: TensorFlow is not installed, or the preparation failed.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise DataError(
+            f"preparing {builder_name}, once, needs TensorFlow (reading it does not): {PREPARE_PIP}"
+        )
+    command = [sys.executable, "-c", PREPARE, builder_name, str(data_dir or "")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"preparing {builder_name} failed: {last}")

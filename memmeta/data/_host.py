@@ -1,0 +1,166 @@
+"""Data sets that stay on the host, and the sampler that feeds the device from them."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from memmeta.data._dataset import Dataset
+from memmeta.data._episodes import Episodes
+from memmeta.data._numbered import sample_numbered, task_keys
+from memmeta.problem import Task
+
+
+@dataclass(frozen=True)
+class HostDataset:
+    """One split whose examples stay on the host, for data larger than the device's memory.
+
+    Attributes:
+        index: the data set with the numbers of rows in place of the examples.
+        rows: `[examples, *shape]`, usually memory-mapped.
+    """
+
+    index: Dataset
+    rows: Shaped[np.ndarray, "rows ..."]
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.index.name
+
+    @property
+    def split(self) -> str:
+        """The split's name."""
+        return self.index.split
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return tuple(self.rows.shape[1:])
+
+    def to_device(self) -> Dataset:
+        """The same split with its examples on the default device."""
+        inputs = np.asarray(self.index.inputs)
+        examples = np.zeros((*inputs.shape, *self.example_shape), self.rows.dtype)
+        for row, (numbers, count) in enumerate(zip(inputs, self.index.count, strict=True)):
+            examples[row, :count] = self.rows[numbers[:count]]
+        return jax.tree.map(jnp.asarray, replace(self.index, inputs=examples))
+
+
+def on_host(dataset: Dataset) -> HostDataset:
+    """A data set of arrays as a `HostDataset`, so that both are sampled the same way.
+
+    Example:
+        >>> import memmeta.data
+        >>> host = on_host(memmeta.data.load("glyphs", "test"))
+        >>> host.rows.shape[1:], host.index.example_shape
+        ((28, 28, 1), ())
+    """
+    inputs = np.asarray(dataset.inputs)
+    numbers = np.arange(inputs.shape[0] * inputs.shape[1], dtype=np.int32)
+    index = replace(dataset, inputs=numbers.reshape(inputs.shape[:2]))
+    return HostDataset(index, inputs.reshape(-1, *inputs.shape[2:]))
+
+
+def with_rotations(dataset: HostDataset) -> HostDataset:
+    """Every class four times: as it is, and turned by 90, 180 and 270 degrees as new classes.
+
+    Source: Santoro, Bartunov, Botvinick, Wierstra, Lillicrap (ICML 2016), section 4.1.
+
+    Args:
+        dataset: of square images.
+
+    Returns:
+        The data set with four times the classes, in memory.
+    """
+    rows = np.concatenate([np.rot90(dataset.rows, turn, axes=(1, 2)) for turn in range(4)])
+    index, names = dataset.index, dataset.index.class_names
+    starts = len(dataset.rows) * np.arange(4, dtype=np.int32)
+    inputs = np.concatenate([np.asarray(index.inputs) + start for start in starts])
+    turned = replace(
+        index,
+        inputs=inputs,
+        count=np.tile(index.count, 4),
+        group=np.tile(index.group, 4),
+        family=np.tile(index.family, (4, 1)),
+        class_names=tuple(f"{name} {angle}°" for angle in (0, 90, 180, 270) for name in names),
+    )
+    return HostDataset(turned, rows)
+
+
+@dataclass(frozen=True)
+class HostEpisodes:
+    """Draws the tasks of `Episodes` from a data set on the host: the same tasks for the same key.
+
+    The row numbers are drawn by the compiled sampler, the rows are gathered on the host, and the
+    task is put on the device. To be called outside compiled code.
+
+    Attributes:
+        episodes: what an episode is.
+
+    Example:
+        >>> import memmeta.data
+        >>> dataset = memmeta.data.load_host("glyphs", "test")
+        >>> drawer = HostEpisodes(Episodes(ways=3, queries=2))
+        >>> drawer.sample_batch(dataset, jax.random.key(0), 4).query_inputs.shape
+        (4, 6, 28, 28, 1)
+    """
+
+    episodes: Episodes
+
+    def check(self, dataset: HostDataset) -> None:
+        """As `Episodes.check`."""
+        self.episodes.check(dataset.index)
+
+    def sample_batch(
+        self,
+        dataset: HostDataset,
+        key: Array,
+        tasks: int,
+        first: int | Int[Array, ""] = 0,
+    ) -> Task:
+        """As `Episodes.sample_batch`."""
+        number = jnp.asarray(first, jnp.int32)
+        drawn = _draw(self.episodes, dataset.index, key, tasks, number)
+        support, query = np.asarray(drawn.support_inputs), np.asarray(drawn.query_inputs)
+        gathered = drawn._replace(
+            support_inputs=jnp.asarray(dataset.rows[support]),
+            query_inputs=jnp.asarray(dataset.rows[query]),
+        )
+        return _finish(self.episodes, gathered, key, tasks, number)
+
+    def stream(self, dataset: HostDataset, keys: Iterable[Array], tasks: int) -> Iterator[Task]:
+        """Draw a batch for each key in turn; the next two are made ready while one is in use.
+
+        Args:
+            dataset: the classes to draw from.
+            keys: one PRNG key a batch, for example that of each meta-step.
+            tasks: tasks in a batch.
+
+        Yields:
+            `sample_batch(dataset, key, tasks)` for each key.
+        """
+        draw = partial(self.sample_batch, dataset, tasks=tasks)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            source = iter(keys)
+            waiting = [pool.submit(draw, key) for key in islice(source, 2)]
+            while waiting:
+                batch = waiting.pop(0).result()
+                waiting += [pool.submit(draw, key) for key in islice(source, 1)]
+                yield batch
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _draw(episodes: Episodes, index: Dataset, key: Array, tasks: int, first: Array) -> Task:
+    return sample_numbered(lambda k: episodes.draw(index, k), key, tasks, first)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _finish(episodes: Episodes, drawn: Task, key: Array, tasks: int, first: Array) -> Task:
+    return jax.vmap(episodes.finish)(drawn, task_keys(key, tasks, first))

@@ -1,0 +1,171 @@
+"""The one list of data sets, `load` to get one by name, and `sampler` to draw its tasks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from memmeta.data import _folders as folders
+from memmeta.data import _from_tfds as from_tfds
+from memmeta.data import _glyphs as glyphs
+from memmeta.data import _sinusoid as sinusoid
+from memmeta.data import _tides as tides
+from memmeta.data._augmentation import Augmentation
+from memmeta.data._class_splits import SPLITS
+from memmeta.data._curves import Points
+from memmeta.data._dataset import DataError, Dataset
+from memmeta.data._episodes import Episodes
+from memmeta.data._host import HostDataset, HostEpisodes, on_host
+from memmeta.problem import Task
+
+Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
+"""One split of a data set: classes of examples, or a family of curves."""
+
+
+class Source(NamedTuple):
+    """Where a data set comes from: its name, and (name, split, data_dir) -> the split.
+
+    A name that ends in a colon stands for all names that begin so.
+    """
+
+    name: str
+    load: Callable[[str, str, Path | None], Split | HostDataset]
+
+
+# Adding a data set is one file and one line here.
+SOURCES = [
+    Source("glyphs", lambda _, split, data_dir: glyphs.load_glyphs(split, data_dir)),
+    Source("tides", lambda _, split, data_dir: tides.load_tides(split, data_dir)),
+    Source("sinusoid", lambda _, split, data_dir: sinusoid.load_sinusoid(split, data_dir)),
+    Source("omniglot", from_tfds.load_tfds),
+    Source("omniglot_alphabets", from_tfds.load_tfds),
+    Source("cifar_fs", from_tfds.load_tfds),
+    Source("fc100", from_tfds.load_tfds),
+    Source("tfds:", from_tfds.load_tfds),
+    Source("mini_imagenet", folders.load_folder),
+    Source("tiered_imagenet", folders.load_folder),
+    Source("folder", folders.load_folder),
+    Source("folder:", folders.load_folder),
+]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What draws the tasks of a data set; `Episodes`, `Points`, `HostEpisodes`."""
+
+    def check(self, dataset: Split) -> None:
+        """Raise `DataError` if such tasks cannot be drawn from the data."""
+        ...
+
+    def sample_batch(
+        self, dataset: Split, key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
+    ) -> Task:
+        """Draw tasks number `first` to `first + tasks - 1` of the list that `key` names."""
+        ...
+
+
+def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
+    """Load one split of a data set onto the default device.
+
+    Args:
+        name: the data set's name, one of those in `SOURCES`.
+        split: "train", "validation" or "test"; no class is in two splits.
+        data_dir: the folder of data sets that are not embedded in the package.
+
+    Returns:
+        The split: a `Dataset`, its examples grouped by class and stored as uint8, or a family of
+        curves. `sampler` gives what draws tasks from it.
+
+    Raises:
+        DataError: the name or the split is unknown; the files are missing, truncated or altered;
+            or an extra that reads them is not installed.
+
+    Example:
+        >>> train = load("glyphs", "train")
+        >>> len(train.class_names), train.group_names[:3]
+        (1259, ('Latin', 'Greek', 'Cyrillic'))
+    """
+    found = _load(name, split, data_dir)
+    return found.to_device() if isinstance(found, HostDataset) else found
+
+
+def load_host(name: str, split: str, data_dir: str | Path | None = None) -> HostDataset:
+    """Load one split of a data set and leave its examples on the host, memory-mapped if it can be.
+
+    For data larger than the device's memory; `HostEpisodes` draws its tasks.
+
+    Args:
+        name: as for `load`.
+        split: as for `load`.
+        data_dir: as for `load`.
+
+    Returns:
+        The split.
+
+    Raises:
+        DataError: as `load`, and where the data set is a family of curves.
+    """
+    found = _load(name, split, data_dir)
+    if isinstance(found, Dataset):
+        return on_host(found)
+    if not isinstance(found, HostDataset):
+        raise DataError(f"{name}: its curves are generated on the device; use load")
+    return found
+
+
+def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDataset:
+    def fits(source: Source) -> bool:
+        begins = source.name.endswith(":") and name.startswith(source.name)
+        return name != source.name if begins else name == source.name
+
+    source = next((source for source in SOURCES if fits(source)), None)
+    if source is None:
+        known = ", ".join(s.name + "..." * s.name.endswith(":") for s in SOURCES)
+        raise DataError(f"unknown data set {name!r}: choose one of {known}")
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r} of {name}: choose one of {', '.join(SPLITS)}")
+    return source.load(name, split, None if data_dir is None else Path(data_dir))
+
+
+def sampler(
+    dataset: Split | HostDataset,
+    *,
+    ways: int | tuple[int, int] = 5,
+    shots: int | tuple[int, int] = 5,
+    queries: int = 15,
+    within_group: bool | None = None,
+    cross_family: bool = False,
+    augmentation: Augmentation | None = None,
+) -> Episodes | HostEpisodes | Points:
+    """The sampler that belongs to a data set: `Episodes` of classes, or `Points` of curves.
+
+    Args:
+        dataset: from `load`, or from `load_host`: its sampler is `HostEpisodes`.
+        ways: classes in a task, see `Episodes`; curves have none and take no notice of it.
+        shots: support examples of each class, or support points.
+        queries: query examples of each class, or query points.
+        within_group: see `Episodes`; only for classes.
+        cross_family: see `Episodes`; only for classes.
+        augmentation: of the images; only for classes.
+
+    Returns:
+        The sampler; all kinds are frozen dataclasses with `check` and `sample_batch`.
+
+    Raises:
+        DataError: `within_group`, `cross_family`, an augmentation or a range of shots is asked of
+            curves.
+
+    Example:
+        >>> sampler(load("tides", "train"), shots=10)
+        Points(shots=10, queries=15)
+    """
+    if isinstance(dataset, Dataset | HostDataset):
+        episodes = Episodes(ways, shots, queries, within_group, cross_family, augmentation)
+        return episodes if isinstance(dataset, Dataset) else HostEpisodes(episodes)
+    if within_group or cross_family or augmentation is not None or not isinstance(shots, int):
+        raise DataError(
+            f"{dataset.name} has curves: within_group, cross_family, augmentation and a range of "
+            "shots are for classes of examples"
+        )
+    return Points(shots, queries)

@@ -1,0 +1,162 @@
+r"""How much a linear head's derivatives can change, in closed form: rigorous certificates.
+
+The context is c = (X, X_query), the features of a task; the losses are those of
+`memmeta.few_shot`. With s_i the weight of a support sample, e_i = ‖∂ℓ_i/∂z_i‖ at φ̂ (for softmax
+‖p_i − y_i‖), δ the radius, w = ‖W‖₂ + δ, a bound on ‖∂²ℓ_i/∂z_i²‖ called a, and its Lipschitz
+constant t:
+
+    softmax:  a = 1/2,  t = √6/9          squared:  a = 1,  t = 0
+
+Derived in docs/theory.md, section "Linear heads".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from memmeta import trees
+from memmeta.few_shot._curvature import squared_norm_bound
+from memmeta.few_shot._examples import as_values, present, shares
+from memmeta.few_shot._head import HeadContext, HeadParams, augmented
+from memmeta.problem import Deviations, Problem, Scalar, stacked
+
+SOFTMAX = (0.5, 6**0.5 / 9)
+SQUARED = (1.0, 0.0)
+
+FAR = 60.0
+"""A reach beyond which e^R says nothing more."""
+
+
+class _Samples(NamedTuple):
+    """The support or the query examples of one task at φ̂.
+
+    Attributes:
+        features: X̃.
+        length: ‖x̃_i‖.
+        shares: s_i, which add up to 1; zero for padding.
+        logits: z_i.
+        slopes: ∂ℓ_i/∂z_i.
+    """
+
+    features: Float[Array, "n augmented"]
+    length: Float[Array, " n"]
+    shares: Float[Array, " n"]
+    logits: Float[Array, "n ways"]
+    slopes: Float[Array, "n ways"]
+
+
+def _samples(
+    features: Array, targets: Array, weights: Array, matrix: Array, caps: tuple
+) -> _Samples:
+    features = augmented(features)
+    logits = features @ matrix.astype(features.dtype)
+    predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
+    slopes = predicted - as_values(targets, matrix.shape[1], features.dtype)
+    length = jnp.linalg.norm(features, axis=1)
+    return _Samples(features, length, shares(weights, features.dtype), logits, slopes)
+
+
+def _support_and_query(
+    params: HeadParams, context: HeadContext, caps: tuple
+) -> tuple[_Samples, _Samples]:
+    matrix = stacked(params)
+    support = (context.support_features, context.support_targets, context.weights)
+    query = (context.query_features, context.query_targets, present(context.query_targets))
+    return _samples(*support, matrix, caps), _samples(*query, matrix, caps)
+
+
+def _curvature(samples: _Samples) -> Scalar:
+    """λmax(Σ s_i x̃_i x̃_iᵀ)."""
+    return squared_norm_bound(samples.features * jnp.sqrt(samples.shares)[:, None])
+
+
+def head_deviations(
+    caps: tuple[float, float],
+    problem: Problem,
+    params: HeadParams,
+    solution: HeadParams,
+    radius: Scalar,
+    context: HeadContext,
+) -> Deviations:
+    r"""`Structure.deviations` of a linear head, for the v̂ at hand.
+
+    $$E = \min\big(\|[s_i \partial\ell_i]\| + \|[s_i d_i]\|, \sqrt{2 s_{\max} g}\big), \quad
+      w = \min(\|\hat W\| + \delta, \sqrt{2 g/\mu}), \quad
+      \|M^* {H^*}^{-1}\| \le \frac E\mu + \frac w2 \sqrt{\frac{a s_{\max}}\mu}$$
+    $$\|M^* {H^*}^{-1} \Delta H \hat v\| \le \Big(\frac E{\sqrt\mu} + w \sqrt{a s_{\max}}\Big)
+      \Big(\sum_i s_i \, 4 \sinh^2 \frac{R_i}2 \, u_i^\top D_i u_i\Big)^{1/2}, \qquad
+      u_i = \hat V^\top \tilde x_i, \quad R_i = \sqrt2 \|\tilde x_i\| \delta$$
+
+    with d_i a bound on the change of ∂ℓ_i and D_i = ∂²ℓ_i/∂z_i² at φ̂. Derived in docs/theory.md,
+    section "Linear heads".
+    """
+    assert problem.strong_convexity is not None
+    a, t = caps
+    support, query = _support_and_query(params, context, caps)
+    dtype = support.length.dtype
+    mu, value = problem.strong_convexity(context), problem.inner_loss(params, context)
+    mu, value, radius = (x.astype(dtype) for x in (jnp.where(mu > 0, mu, 1), value, radius))
+    matrix, direction = (stacked(x).astype(dtype) for x in (params, solution))
+    heaviest = jnp.max(support.shares)
+    moved, query_moved = _moved(support, radius, caps), _moved(query, radius, caps)
+
+    kernel = jnp.sqrt(
+        jnp.minimum((squared_norm_bound(matrix[:-1]) ** 0.5 + radius) ** 2, 2 * value / mu)
+    )
+    errors = jnp.sqrt(squared_norm_bound(support.shares[:, None] * support.slopes))
+    errors = jnp.minimum(
+        errors + trees.norm(support.shares * moved), jnp.sqrt(2 * heaviest * value)
+    )
+    bent = kernel * jnp.sqrt(a * heaviest)
+    sensitivity = errors / mu + bent / (2 * jnp.sqrt(mu))
+
+    along = support.features @ direction  # u
+    curved = _curved(support, along, caps)
+    size = jnp.linalg.norm(along, axis=1)
+    change = jnp.minimum(t * support.length * radius, a) * size  # of D_i u_i
+    turned = jnp.sqrt(_curvature(support) * jnp.sum(support.shares * change**2))  # ‖ΔH v̂‖
+    energy = jnp.minimum(_energy(support, along, curved, radius, caps), turned / jnp.sqrt(mu))
+    hessian = jnp.minimum(sensitivity * turned, (errors / jnp.sqrt(mu) + bent) * energy)
+
+    across = jnp.sqrt(squared_norm_bound(direction[:-1])) * moved + kernel * change
+    query_errors = jnp.linalg.norm(query.slopes, axis=1)
+    steepness = _curvature(query)
+    spread = jnp.sqrt(steepness * jnp.sum(query.shares * query_moved**2))
+    return Deviations(
+        outer_context=trees.norm(query.shares * (query_errors * radius + kernel * query_moved)),
+        outer_params=jnp.minimum(a * steepness * radius, spread),
+        mixed=trees.norm(support.shares * (across + radius * jnp.linalg.norm(curved, axis=1))),
+        hessian=hessian,
+        sensitivity=sensitivity,
+        embedding=jnp.ones_like(mu),
+    )
+
+
+def _moved(samples: _Samples, radius: Scalar, caps: tuple[float, float]) -> Float[Array, " n"]:
+    """d_i: how far ∂ℓ_i can be from where it is at φ̂; two probabilities differ by at most √2."""
+    moved = caps[0] * samples.length * radius
+    return jnp.minimum(moved, 2**0.5) if caps == SOFTMAX else moved
+
+
+def _curved(samples: _Samples, along: Array, caps: tuple[float, float]) -> Array:
+    """D_i u_i at φ̂."""
+    if caps != SOFTMAX:
+        return along
+    p = jax.nn.softmax(samples.logits)
+    return p * (along - jnp.sum(p * along, axis=1, keepdims=True))
+
+
+def _energy(
+    samples: _Samples, along: Array, curved: Array, radius: Scalar, caps: tuple[float, float]
+) -> Scalar:
+    """ΔH v̂ in the norm of H*⁻¹: D_i changes by a factor of at most e^R, R as two logits differ."""
+    if caps != SOFTMAX:
+        return jnp.zeros_like(radius)
+    reach = 2**0.5 * samples.length * radius
+    size = jnp.sum(along**2, axis=1)
+    squares = jnp.sum(along * curved, axis=1) + 4 * jnp.finfo(size.dtype).eps * size
+    growth = 2 * jnp.sinh(jnp.minimum(reach, FAR) / 2)
+    found = jnp.sqrt(jnp.sum(samples.shares * growth**2 * squares))
+    return jnp.where(jnp.max(reach) < FAR, found, jnp.inf)

@@ -1,0 +1,66 @@
+"""What a few-shot method is: a problem, an inner loop, an estimator, and a start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from memmeta.hypergradient import Estimator
+from memmeta.inner import InnerLoop
+from memmeta.meta._evaluation import Evaluation, evaluate
+from memmeta.meta._guard import DEFAULT_GUARD, Guard
+from memmeta.meta._step import MetaStep, TaskChunk, make_meta_step
+from memmeta.models import Network
+from memmeta.problem import Batch, MetaParams, Problem
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A few-shot method: a problem, an inner loop, an estimator, and a start.
+
+    Attributes:
+        problem: who adapts, and to what losses.
+        inner: the inner loop of training.
+        estimator: of the hypergradient.
+        init: PRNG key -> θ.
+    """
+
+    problem: Problem
+    inner: InnerLoop
+    estimator: Estimator
+    init: Callable[[Key[Array, ""]], MetaParams]
+
+    def make_meta_step(
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        task_chunk: TaskChunk = "auto",
+        mesh: Mesh | None = None,
+        guard: Guard | None = DEFAULT_GUARD,
+    ) -> MetaStep:
+        """`memmeta.make_meta_step` with this method's problem, inner loop and estimator."""
+        parts = (self.problem, self.inner, self.estimator, optimizer)
+        return make_meta_step(*parts, task_chunk=task_chunk, mesh=mesh, guard=guard)
+
+    def evaluate(
+        self,
+        meta_params: MetaParams,
+        tasks: Batch,
+        *,
+        inner: InnerLoop | None = None,
+        task_chunk: int | None = None,
+    ) -> Evaluation:
+        """`memmeta.meta` with this method's problem; by default with the loop of training."""
+        return evaluate(self.problem, inner or self.inner, meta_params, tasks, task_chunk)
+
+
+def whole(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
+    """The start of methods that learn body and head."""
+    return network.init
+
+
+def body_alone(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
+    """The start of methods whose heads always begin at zero: θ is {"body": ...}."""
+    return lambda key: {"body": network.init(key)["body"]}

@@ -1,0 +1,67 @@
+"""The list of all estimators: what each aims at, and how its memory grows."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from memmeta.hypergradient._evolution_strategies import evolution_strategies
+from memmeta.hypergradient._finite_difference import finite_difference
+from memmeta.hypergradient._first_order import first_order, reptile
+from memmeta.hypergradient._forward_mode import forward_mode
+from memmeta.hypergradient._hessian_free import hessian_free
+from memmeta.hypergradient._implicit import implicit
+from memmeta.hypergradient._mixed_mode import mixed_mode
+from memmeta.hypergradient._sample_space import sample_space
+from memmeta.hypergradient._seam import Estimator
+from memmeta.hypergradient._truncated import truncated
+from memmeta.hypergradient._unrolled import unrolled
+from memmeta.linear_solve import direct, minres, neumann, woodbury
+
+
+class Entry(NamedTuple):
+    """One estimator of the list.
+
+    Attributes:
+        make: makes it.
+        aim: what its answer converges to: the gradient at the inner "solution", that through the
+            "steps" of the loop as it is run, or neither ("own").
+        memory: growth with the number K of inner steps.
+        random: whether it draws directions: right on average only.
+        heads: whether it needs a problem with a linear head.
+        error: size of its bias in float64, relative to the gradient: 0 for rounding alone.
+    """
+
+    make: Callable[[], Estimator]
+    aim: Literal["solution", "steps", "own"]
+    memory: Literal["flat", "linear", "root", "logarithmic"]
+    random: bool = False
+    heads: bool = False
+    error: float = 0.0
+
+
+ESTIMATORS: dict[str, Entry] = {
+    "implicit": Entry(implicit, "solution", "flat"),
+    "implicit-minres": Entry(lambda: implicit(minres(40)), "solution", "flat"),
+    "implicit-neumann": Entry(lambda: implicit(neumann(1000)), "solution", "flat"),
+    "implicit-direct": Entry(lambda: implicit(direct()), "solution", "flat"),
+    "implicit-woodbury": Entry(lambda: implicit(woodbury()), "solution", "flat", heads=True),
+    "sample_space-solution": Entry(
+        lambda: sample_space("solution"), "solution", "flat", heads=True
+    ),
+    "sample_space-steps": Entry(lambda: sample_space("steps"), "steps", "flat", heads=True),
+    "unrolled": Entry(unrolled, "steps", "linear"),
+    "unrolled-step": Entry(lambda: unrolled("step"), "steps", "linear"),
+    "unrolled-sqrt": Entry(lambda: unrolled("sqrt"), "steps", "root"),
+    "unrolled-recursive": Entry(lambda: unrolled("recursive"), "steps", "logarithmic"),
+    "mixed_mode": Entry(mixed_mode, "steps", "linear"),
+    "hessian_free": Entry(hessian_free, "steps", "linear", error=1e-9),
+    "forward_mode": Entry(forward_mode, "steps", "flat"),
+    "forward_mode-random": Entry(lambda: forward_mode(4), "steps", "flat", random=True),
+    "finite_difference": Entry(
+        lambda: finite_difference(4), "steps", "flat", random=True, error=1e-9
+    ),
+    "evolution_strategies": Entry(evolution_strategies, "steps", "flat", random=True, error=1e-3),
+    "truncated": Entry(lambda: truncated(3), "own", "flat"),
+    "first_order": Entry(first_order, "own", "flat"),
+    "reptile": Entry(reptile, "own", "flat"),
+}
+"""Every estimator, by name: the shared conformance and memory tests run over this list."""

@@ -1,0 +1,131 @@
+r"""Estimates of a gradient from directional derivatives along drawn directions.
+
+    ∇̂F_i = 1/m Σ_j d_ij u_j,    d_ij = ⟨∇F_i, u_j⟩,    u_j ∈ {−1, 1}^dim θ at random
+
+so E u uᵀ = I and the estimate is unbiased. The directions are the same for all tasks of a
+meta-step: one tangent of the size of θ, whatever the number of tasks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from memmeta import trees
+from memmeta.certificate._estimate import error_of_loop
+from memmeta.hypergradient._estimator import Embedded, embedded
+from memmeta.hypergradient._seam import Chunk, Report, over_tasks, report_of_loop
+from memmeta.hypergradient._unrolled import has_known_curvature
+from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.problem import Batch, MetaParams, Problem, Scalar, SplitContext
+
+
+def losses_and_reports(
+    problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk, estimate_error: bool
+) -> tuple[Float[Array, " tasks"], PyTree, Report]:
+    """f_i(θ, φ_K), aux and report of every task, with an `error_estimate` where asked for."""
+    all_tasks = embedded(problem, meta_params, chunk.tasks)
+
+    def one_task(context: SplitContext, key: Array) -> tuple[Scalar, PyTree, Report]:
+        state = inner.run(all_tasks.problem, all_tasks.start, context.whole, key)
+        loss, aux = all_tasks.problem.outer_loss(state.params, context.whole)
+        return loss, aux, reported(inner, all_tasks, state, context, estimate_error)
+
+    return over_tasks(one_task, all_tasks.contexts, chunk.keys)
+
+
+def reported(
+    inner: InnerLoop,
+    all_tasks: Embedded,
+    state: InnerState,
+    context: SplitContext,
+    estimate_error: bool,
+) -> Report:
+    """The report of one task's loop, with the error of its exact gradient where asked for."""
+    report, problem, start = report_of_loop(state), all_tasks.problem, all_tasks.start
+    if not estimate_error or not has_known_curvature(problem, inner):
+        return report
+    start_counts = bool(jax.tree.leaves(all_tasks.dependent(start)))
+    error = error_of_loop(problem, start, state.params, context, start_counts)
+    return report._replace(error_estimate=error)
+
+
+class AlongDirections(NamedTuple):
+    """What drawn directions say of a chunk of tasks.
+
+    Attributes:
+        gradient: Σ_i w_i ∇̂F_i over the usable tasks.
+        usable: [tasks] whether every directional derivative was finite.
+        standard_error: [tasks] estimated expected length of ∇̂F_i − ∇F_i.
+    """
+
+    gradient: MetaParams
+    usable: Bool[Array, " tasks"]
+    standard_error: Float[Array, " tasks"]
+
+
+def task_losses(
+    problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+) -> Callable[[MetaParams], Float[Array, " tasks"]]:
+    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ."""
+    _, others = trees.split_inexact(meta_params)
+
+    def losses(floats: MetaParams) -> Float[Array, " tasks"]:
+        theta = trees.merge(floats, others)
+        wide_problem, wide, _ = widened(problem, problem.init(theta))
+
+        def one_task(task: Batch, key: Array) -> Scalar:
+            context = problem.embed(theta, task)
+            params = inner.run(wide_problem, wide, context, key).params
+            return wide_problem.outer_loss(params, context)[0]
+
+        return over_tasks(one_task, chunk.tasks, chunk.keys)
+
+    return losses
+
+
+def along_directions(
+    derivatives: Callable[[MetaParams], Float[Array, " tasks"]],
+    floats: MetaParams,
+    weights: Float[Array, " tasks"],
+    key: Key[Array, ""],
+    directions: int,
+) -> AlongDirections:
+    r"""Average over drawn directions; memory does not grow with their number.
+
+    Args:
+        derivatives: u -> d_i, the directional derivative of every task's loss.
+        floats: the inexact leaves of θ.
+        weights: [tasks] w_i.
+        key: all directions come from it.
+        directions: m.
+
+    Returns:
+        The estimate. Because ‖u‖² = dim θ, its variance is (dim θ − 1) ‖∇F_i‖² / m, and the mean of
+        d_ij² over j estimates ‖∇F_i‖² without bias.
+    """
+    leaves, structure = jax.tree.flatten(floats)
+    size = sum(leaf.size for leaf in leaves)
+
+    def draw(index: Array) -> MetaParams:
+        keys = jax.random.split(jax.random.fold_in(key, index), len(leaves))
+        signs = [
+            jax.random.rademacher(k, leaf.shape, leaf.dtype)
+            for k, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, signs)
+
+    numbers = jnp.arange(directions)
+    along = jax.lax.map(lambda index: derivatives(draw(index)), numbers)
+    usable = jnp.all(jnp.isfinite(along), axis=0) & (weights > 0)
+    shares = jnp.where(usable, along * weights.astype(along.dtype), 0).sum(axis=1) / directions
+
+    def add(gradient: MetaParams, drawn: tuple) -> tuple[MetaParams, None]:
+        share, direction = drawn[0], draw(drawn[1])
+        return jax.tree.map(lambda g, u: g + share.astype(g.dtype) * u, gradient, direction), None
+
+    gradient, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, floats), (shares, numbers))
+    error = jnp.sqrt((size - 1) * jnp.mean(along**2, axis=0) / directions)
+    return AlongDirections(gradient, usable, error)

@@ -1,0 +1,191 @@
+r"""Chunk estimators made of rules for one task.
+
+Most estimators are rules for one task in the space of its context. `per_task` runs `embed` once for
+the whole chunk, and pulls the rules' cotangents back through it once, so that no array of shape
+(tasks, *meta_params) is ever built.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from memmeta import trees
+from memmeta.hypergradient._seam import (
+    Chunk,
+    Estimator,
+    Hypergradient,
+    Memory,
+    Report,
+    over_tasks,
+    refuse_memory,
+)
+from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
+from memmeta.inner import InnerLoop, widened
+from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar, SplitContext
+
+
+class TaskStart(NamedTuple):
+    """Where a rule begins with one task.
+
+    Attributes:
+        params: φ₀, or φ̂ of the last meta-step where it is remembered; in float32 at least.
+        context: of the task.
+        key: of the task, for inner solvers that draw.
+        guess: of v, where one is remembered.
+    """
+
+    params: Params
+    context: SplitContext
+    key: Key[Array, ""]
+    guess: Params | None = None
+
+
+class TaskGradient(NamedTuple):
+    """What a rule says of one task.
+
+    Attributes:
+        loss: f, the outer loss.
+        aux: the outer loss's auxiliary output.
+        context: cotangent of the context's active leaves, or None for zero.
+        start: cotangent of φ₀, or None for zero.
+        report: see `Report`.
+        memory: φ̂ and v̂, of rules that can start from them.
+    """
+
+    loss: Scalar
+    aux: PyTree
+    context: Context | None
+    start: Params | None
+    report: Report
+    memory: Memory | None = None
+
+
+TaskRule: TypeAlias = Callable[[Problem, InnerLoop, TaskStart], TaskGradient]
+"""(problem, inner, where to begin) -> `TaskGradient`, for one task."""
+
+
+class Embedded(NamedTuple):
+    """A chunk of tasks in the space of their contexts.
+
+    Attributes:
+        problem: as a function of wide parameters, see `memmeta.inner.widened`.
+        start: φ₀, wide.
+        contexts: of all tasks, with a leading axis.
+        dependent: (a tree like φ₀) -> its leaves at which φ₀ depends on θ, None elsewhere.
+        pull_back: (cotangents of the active leaves of all tasks, cotangent of φ₀) -> that of θ.
+    """
+
+    problem: Problem
+    start: Params
+    contexts: SplitContext
+    dependent: Callable[[Params], Params]
+    pull_back: Callable[[Context, Params], MetaParams]
+
+
+def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedded:
+    """Run `embed` and `init` once for a chunk of tasks, ready to be pulled back through."""
+    floats, others = trees.split_inexact(meta_params)
+
+    def embed(floats: MetaParams) -> tuple[Context, Params]:
+        theta = trees.merge(floats, others)
+        return over_tasks(partial(problem.embed, theta), tasks), problem.init(theta)
+
+    reached, start_reached = trees.dependence(embed, floats)
+
+    def active_parts(floats: MetaParams) -> tuple[tuple, tuple]:
+        contexts, start = embed(floats)
+        active, passive = trees.split(contexts, reached)
+        moving, _ = trees.split(start, start_reached)
+        wide = jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), moving)
+        return (active, wide), (passive, start)
+
+    (active, _), transposed, (passive, start) = jax.vjp(active_parts, floats, has_aux=True)
+    problem, wide, _ = widened(problem, start)
+
+    def dependent(like_start: Params) -> Params:
+        # The flags go first: a cotangent has None where φ₀ has no floating-point leaf.
+        return jax.tree.map(lambda keep, leaf: leaf if keep else None, start_reached, like_start)
+
+    def pull_back(active_bar: Context, start_bar: Params) -> MetaParams:
+        (gradient,) = transposed((active_bar, dependent(start_bar)))
+        return gradient
+
+    return Embedded(problem, wide, SplitContext(active, passive), dependent, pull_back)
+
+
+def per_task(
+    rule: TaskRule, name: str, seen: Seen = loop_seen, remembers: bool = False
+) -> Estimator:
+    r"""Make a chunk estimator of a rule for one task.
+
+    $$\sum_i w_i \nabla F_i = \Big(\frac{\partial (c_1 \dots c_n, \phi_0)}{\partial\theta}\Big)^\top
+      (w_1 \bar c_1 \dots w_n \bar c_n, \textstyle\sum_i w_i \bar\phi_{0,i})$$
+
+    Args:
+        rule: for one task.
+        name: of the estimator, for errors.
+        seen: what the rule differentiates; meta-parameters that none of it depends on are refused.
+        remembers: whether the rule can start from a `Memory`, and gives one back.
+
+    Returns:
+        The estimator.
+    """
+
+    def estimator(
+        problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+    ) -> Hypergradient:
+        if not remembers:
+            refuse_memory(chunk, name)
+        refuse_structural_zeros(problem, inner, meta_params, chunk, name, seen)
+        all_tasks = embedded(problem, meta_params, chunk.tasks)
+
+        def one_task(context: SplitContext, key: Array, memory: Memory | None) -> TaskGradient:
+            begin = TaskStart(all_tasks.start, context, key)
+            if memory is not None:
+                begin = TaskStart(memory.params, context, key, memory.solution)
+            found = rule(all_tasks.problem, inner, begin)
+            return found if memory is not None else found._replace(memory=None)
+
+        found = over_tasks(one_task, all_tasks.contexts, chunk.keys, chunk.memory)
+        context_bar = _or_zeros(found.context, all_tasks.contexts.active)
+        start_bar = _or_zeros(found.start, jax.vmap(lambda _: all_tasks.start)(chunk.weights))
+        finite = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar))
+        usable = finite & (chunk.weights > 0)
+        context_bar = weighted(context_bar, chunk.weights, usable)
+        start_bar = weighted(start_bar, chunk.weights, usable)
+        start_bar = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start_bar)
+        gradient = all_tasks.pull_back(context_bar, start_bar)
+        report = _with_error_of_start(found, all_tasks)
+        return Hypergradient(gradient, usable, found.loss, found.aux, report, found.memory)
+
+    return estimator
+
+
+def _with_error_of_start(found: TaskGradient, all_tasks: Embedded) -> Report:
+    """The inner solution does not depend on φ₀: a cotangent of φ₀ is error in whole."""
+    estimate, moving = found.report.error_estimate, None
+    if found.start is not None:
+        moving = all_tasks.dependent(found.start)
+    if estimate is None or not jax.tree.leaves(moving):
+        return found.report
+    estimate += jax.vmap(trees.norm)(moving).astype(estimate.dtype)
+    estimate = jnp.where(jnp.isfinite(estimate), estimate, jnp.inf)
+    return found.report._replace(error_estimate=estimate)
+
+
+def weighted(tree: PyTree, weights: Float[Array, " tasks"], usable: Array) -> PyTree:
+    """w_i times task i's entries, and zero for a task that is not usable."""
+
+    def one(leaf: Array) -> Array:
+        shape = (-1,) + (1,) * (leaf.ndim - 1)
+        return jnp.where(usable.reshape(shape), weights.reshape(shape).astype(leaf.dtype) * leaf, 0)
+
+    return jax.tree.map(one, tree)
+
+
+def _or_zeros(cotangent: PyTree | None, like: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, like) if cotangent is None else cotangent

@@ -1,0 +1,110 @@
+r"""Differences of inner solutions in place of their Jacobian (PZOBO)."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from memmeta import _checks, trees
+from memmeta.hypergradient._differences import shifted, step_length
+from memmeta.hypergradient._directions import along_directions, reported
+from memmeta.hypergradient._estimator import Embedded, TaskGradient, embedded, weighted
+from memmeta.hypergradient._seam import (
+    Chunk,
+    Estimator,
+    Hypergradient,
+    over_tasks,
+    refuse_memory,
+)
+from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
+from memmeta.inner import InnerLoop, widened
+from memmeta.problem import Context, MetaParams, Params, Problem, Scalar, SplitContext
+
+
+def finite_difference(
+    directions: int = 1, scale: float | None = None, *, estimate_error: bool = False
+) -> Estimator:
+    r"""The Jacobian of φ_K by central differences along random directions, the rest exactly.
+
+    $$\hat\nabla F_i = \partial_\theta f_i + \frac1m \sum_{j=1}^m \Big\langle
+      \frac{\phi_K(\theta + \delta u_j) - \phi_K(\theta - \delta u_j)}{2\delta},\,
+      \partial_\phi f_i \Big\rangle u_j$$
+
+    Only the part of the gradient that goes through the inner loop is random, and no second
+    derivative is taken. Bias O(δ²). A rate that the inner solver takes from the curvature moves
+    with θ here, as in `evolution_strategies`.
+
+    Args:
+        directions: m, drawn from {−1, 1}^dim θ, the same for all tasks of a meta-step.
+        scale: δ; None takes the step at which rounding and bias are alike, see `step_length`.
+        estimate_error: see `forward_mode`; it takes second derivatives, so it is to be asked for.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        ValueError: `directions` is less than 1, or `scale` is not positive.
+
+    Source: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms"
+    (PZOBO, NeurIPS 2022), equation 5, with central differences.
+
+    Example:
+        >>> estimator = finite_difference(directions=8)
+    """
+    _checks.count("directions", directions)
+    if scale is not None:
+        _checks.positive("scale", scale)
+
+    def estimator(
+        problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+    ) -> Hypergradient:
+        refuse_memory(chunk, "finite_difference")
+        refuse_structural_zeros(problem, inner, meta_params, chunk, "finite_difference", loop_seen)
+        floats, others = trees.split_inexact(meta_params)
+        all_tasks = embedded(problem, meta_params, chunk.tasks)
+        length = step_length(scale, floats)
+        direct = partial(_direct_part, inner, all_tasks, estimate_error)
+        found = over_tasks(direct, all_tasks.contexts, chunk.keys)
+
+        def solutions(floats: MetaParams) -> Params:
+            theta = trees.merge(floats, others)
+            wide_problem, start, _ = widened(problem, problem.init(theta))
+            contexts = over_tasks(partial(problem.embed, theta), chunk.tasks)
+            run = lambda context, key: inner.run(wide_problem, start, context, key).params  # noqa: E731
+            return over_tasks(run, contexts, chunk.keys)
+
+        def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
+            plus, minus = (solutions(shifted(floats, direction, sign * length)) for sign in (1, -1))
+            change = jax.tree.map(lambda a, b: (a - b) / (2 * length), plus, minus)
+            products = jax.tree.map(lambda c, o: jax.vmap(jnp.vdot)(c, o), change, found.start)
+            return sum(jax.tree.leaves(products), jnp.zeros_like(found.loss))
+
+        finite = jax.vmap(trees.all_finite)((found.loss, found.context, found.start))
+        drawn = along_directions(
+            derivatives, floats, jnp.where(finite, chunk.weights, 0), chunk.key, directions
+        )
+        context_bar = weighted(found.context, chunk.weights, drawn.usable)
+        fixed = all_tasks.pull_back(context_bar, jax.tree.map(jnp.zeros_like, all_tasks.start))
+        gradient = jax.tree.map(jnp.add, fixed, drawn.gradient)
+        report = found.report._replace(standard_error=drawn.standard_error)
+        return Hypergradient(gradient, drawn.usable, found.loss, found.aux, report)
+
+    return estimator
+
+
+def _direct_part(
+    inner: InnerLoop, all_tasks: Embedded, estimate_error: bool, context: SplitContext, key: Array
+) -> TaskGradient:
+    """The inner loop of one task, and what of ∇F_i does not go through it; ∂_φ f as `start`."""
+    problem = all_tasks.problem
+    state = inner.run(problem, all_tasks.start, context.whole, key)
+
+    def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
+        return problem.outer_loss(params, context.at(active))
+
+    loss, pull_back, aux = jax.vjp(outer_loss, state.params, context.active, has_aux=True)
+    outer_params, outer_context = pull_back(jnp.ones_like(loss))
+    report = reported(inner, all_tasks, state, context, estimate_error)
+    return TaskGradient(loss, aux, outer_context, outer_params, report)

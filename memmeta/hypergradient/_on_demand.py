@@ -1,0 +1,83 @@
+"""Accuracy on demand: inner steps and linear solves in turn, until the certificate is met."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from memmeta import trees
+from memmeta.certificate import Measured, estimate
+from memmeta.certificate._bound import certifiable, certify_measured
+from memmeta.hypergradient._estimator import TaskStart
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.linear_solve import LinearSolver
+from memmeta.problem import Params, Problem, Scalar, hessian_product
+
+ROUND = 5
+"""Inner steps between two looks at the certificate."""
+
+
+class Pair(NamedTuple):
+    """Where the two solves of one task stand.
+
+    Attributes:
+        inner: of φ.
+        solution: v.
+        error: what the certificate says of the hypergradient they give.
+    """
+
+    inner: InnerState
+    solution: Params
+    error: Scalar
+
+
+def until(
+    tolerance: float | Float[Array, ""],
+    problem: Problem,
+    inner: InnerLoop,
+    solver: LinearSolver,
+    begin: TaskStart,
+) -> Pair:
+    """Rounds of 5 inner steps and one linear solve, each from where the last one ended.
+
+    Ends when the certificate is at most the tolerance, or `inner.steps` (rounded up to whole
+    rounds) are made. The certificate is the rigorous bound where the problem gives its deviations,
+    else `certificate.estimate`.
+
+    Args:
+        tolerance: on ‖∇̂F_i − ∇F_i‖; a number or a traced scalar.
+        problem: the problem.
+        inner: the inner loop.
+        solver: of the linear system; each round makes one call.
+        begin: where the task begins.
+
+    Returns:
+        The pair; memory does not grow with the rounds.
+    """
+    context = begin.context.whole
+
+    def solve(params: Params, guess: Params) -> tuple[Params, Scalar]:
+        gradient, product = hessian_product(problem, params, context)
+        outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
+        where = {"problem": problem, "params": params, "context": context}
+        found = solver(product, outer, **where, start=guess)
+        if not certifiable(problem):
+            return found.value, estimate(problem, params, found.value, context).total
+        residual = found.residual * trees.norm(outer)
+        measured = Measured(trees.norm(gradient), residual, found.value)
+        return found.value, certify_measured(problem, params, measured, context).total
+
+    def unfinished(pair: Pair) -> Bool[Array, ""]:
+        # `error <= tolerance` is False for NaN: steps are spent, not saved
+        return ~(pair.error <= tolerance) & (pair.inner.steps < inner.steps)
+
+    def one_round(pair: Pair) -> Pair:
+        state = inner.advance(problem, pair.inner, context, begin.key, ROUND)
+        return Pair(state, *solve(state.params, pair.solution))
+
+    state = inner.start(problem, begin.params, context)
+    guess = begin.guess
+    guess = jax.tree.map(jnp.zeros_like, begin.params) if guess is None else guess
+    first = Pair(state, guess, jnp.full_like(state.gradient_norm, jnp.inf))
+    return jax.lax.while_loop(unfinished, one_round, first)

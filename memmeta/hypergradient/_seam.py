@@ -1,0 +1,212 @@
+"""The seam every hypergradient estimator fits: what it is given, and what it gives back."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree
+
+from memmeta import trees
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.problem import Batch, MetaParams, Params, Problem
+
+
+class Report(NamedTuple):
+    """How far a hypergradient can be trusted, per task.
+
+    A figure that the estimator has none of is None. An infinite one is not known for that task.
+
+    Attributes:
+        inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
+            converged; infinite where no step was made.
+        inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
+        linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
+        linear_iterations: Hessian-vector products that went into v̂.
+        smallest_curvature: the smallest pᵀ(∂²_φφ g)p / pᵀp met; negative means that φ̂ is no minimum
+            and the implicit function theorem does not hold.
+        error_estimate: of ‖∇̂F_i − ∇F_i‖, the distance from the hypergradient of the inner solution,
+            in the space of the context (which is that of θ where the context is θ) and, where φ₀
+            depends on θ, of φ₀; see `memmeta.certificate.estimate`. For estimators that draw
+            directions it is that of their mean. It needs `Problem.strong_convexity` or, for
+            `implicit`, a curvature met.
+        error_bound: a rigorous bound on the same error, where the problem gives its
+            `strong_convexity` and `Structure.deviations`. In θ where `Deviations.embedding` bounds
+            ‖∂c/∂θ‖, and its mean over tasks then bounds the error of the whole meta-step; where
+            `embedding` is 1, as for linear heads, it bounds the error in c alone.
+        standard_error: the expected length of the random part of the estimate of ∇F_i, of
+            estimators that draw directions.
+    """
+
+    inner_gradient_norm: Float[Array, "*tasks"]
+    inner_steps: Float[Array, "*tasks"]
+    linear_residual: Float[Array, "*tasks"] | None = None
+    linear_iterations: Float[Array, "*tasks"] | None = None
+    smallest_curvature: Float[Array, "*tasks"] | None = None
+    error_estimate: Float[Array, "*tasks"] | None = None
+    error_bound: Float[Array, "*tasks"] | None = None
+    standard_error: Float[Array, "*tasks"] | None = None
+
+
+def report_of_loop(state: InnerState) -> Report:
+    """The figures that every estimator has, from the inner loop's last state."""
+    length = jax.lax.stop_gradient(state.gradient_norm)
+    return Report(length, state.steps.astype(length.dtype))
+
+
+class Memory(NamedTuple):
+    """What is kept of each task from one meta-step to the next.
+
+    Attributes:
+        params: φ̂_i, where the next inner loop starts.
+        solution: v̂_i, where the next linear solve starts.
+    """
+
+    params: Params
+    solution: Params
+
+
+class Chunk(NamedTuple):
+    """Some tasks of a meta-step, as many as an estimator works on at once.
+
+    Attributes:
+        tasks: every leaf with a leading axis of tasks.
+        weights: [tasks] w_i; 0 leaves a task out.
+        numbers: [tasks] which tasks of the meta-step these are.
+        key: the meta-step's key, the same for all chunks, so that chunking changes no draw.
+        step: the meta-step's number.
+        memory: what the estimator gave back of the same tasks last time; None starts afresh.
+    """
+
+    tasks: Batch
+    weights: Float[Array, " tasks"]
+    numbers: Int32[Array, " tasks"]
+    key: Key[Array, ""]
+    step: Int32[Array, ""]
+    memory: Memory | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tasks: Batch,
+        weights: Float[Array, " tasks"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> "Chunk":
+        """A batch of tasks by itself, to call an estimator without a meta-step.
+
+        Args:
+            tasks: every leaf with a leading axis of tasks.
+            weights: [tasks] w_i; default all 1.
+            key: default `jax.random.key(0)`.
+
+        Example:
+            >>> Chunk.of(jnp.ones((3, 2))).weights.tolist()
+            [1.0, 1.0, 1.0]
+        """
+        count = trees.leading_size(tasks, "tasks")
+        weights = jnp.ones(count, jnp.float32) if weights is None else weights
+        key = jax.random.key(0) if key is None else key
+        return cls(tasks, weights, jnp.arange(count, dtype=jnp.int32), key, jnp.int32(0))
+
+    @property
+    def keys(self) -> Key[Array, " tasks"]:
+        """A key for each task, the same in whatever chunk and on whatever device it is."""
+        return jax.vmap(lambda number: jax.random.fold_in(self.key, number))(self.numbers)
+
+
+class Hypergradient(NamedTuple):
+    """What an estimator says of a chunk of tasks.
+
+    Attributes:
+        gradient: Σ_i w_i ∇F_i over the usable tasks, like the inexact leaves of the meta-parameters
+            (None elsewhere).
+        usable: [tasks] whether everything about the task was finite; the others are left out.
+        loss: [tasks] f_i.
+        aux: the outer losses' auxiliary outputs, each with a leading axis of tasks.
+        report: see `Report`, each entry [tasks].
+        memory: of each task, where the chunk had one.
+    """
+
+    gradient: MetaParams
+    usable: Bool[Array, " tasks"]
+    loss: Float[Array, " tasks"]
+    aux: PyTree
+    report: Report
+    memory: Memory | None = None
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Estimates Σ_i w_i ∇F_i over a chunk of tasks, see `__call__`."""
+
+    def __call__(
+        self, problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+    ) -> Hypergradient:
+        """Estimate the hypergradients of a chunk.
+
+        Args:
+            problem: the bilevel problem.
+            inner: the inner loop.
+            meta_params: θ.
+            chunk: the tasks.
+
+        Returns:
+            Their weighted sum, and what is known of each.
+        """
+        ...
+
+
+def scheduled(at: Callable[[Int32[Array, ""]], Estimator]) -> Estimator:
+    """An estimator that changes from one outer iteration to the next.
+
+    Args:
+        at: step (a traced int32) -> the estimator of that meta-step.
+
+    Returns:
+        The estimator.
+
+    Example:
+        >>> import memmeta as mm
+        >>> tightening = scheduled(
+        ...     lambda step: mm.hypergradient.implicit(tolerance=1 / (1.0 + step) ** 2)
+        ... )
+    """
+
+    def estimator(
+        problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+    ) -> Hypergradient:
+        return at(chunk.step)(problem, inner, meta_params, chunk)
+
+    return estimator
+
+
+def refuse_memory(chunk: Chunk, name: str) -> None:
+    """Raise where an estimator that keeps nothing of a task is given what was kept.
+
+    Raises:
+        ValueError: naming the estimator.
+    """
+    if chunk.memory is not None:
+        raise ValueError(
+            f"{name}: found a memory of its tasks (memmeta.meta.WarmStart), expected None: this "
+            "estimator starts every task from φ₀. Use implicit()."
+        )
+
+
+def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:
+    """`jax.vmap(function)(*arguments)`; of one task without `vmap`.
+
+    An axis of one task would have XLA copy arrays between layouts that are the same in memory, and
+    make both branches of every condition.
+
+    Args:
+        function: of one task.
+        arguments: pytrees whose leaves have a leading axis of tasks.
+
+    Returns:
+        What the function returns, each leaf with a leading axis of tasks.
+    """
+    if jax.tree.leaves(arguments)[0].shape[0] > 1:
+        return jax.vmap(function)(*arguments)
+    one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), arguments)
+    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), function(*one))

@@ -1,0 +1,204 @@
+r"""The inner loop: K steps of an inner solver, as a pure function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int32, Key
+
+from memmeta import _checks, trees
+from memmeta.inner._descent import accelerated
+from memmeta.inner._solver import InnerSolver, from_optax
+from memmeta.problem import Context, Params, Problem, Scalar
+
+DEFAULT = accelerated()
+
+
+class InnerState(NamedTuple):
+    """Where an inner loop stands.
+
+    Attributes:
+        params: φ.
+        solver: the solver's own state.
+        gradient_norm: ‖∇_φ g‖ where the last step was made from; infinite before the first.
+        steps: steps made so far.
+    """
+
+    params: Params
+    solver: Any
+    gradient_norm: Scalar
+    steps: Int32[Array, ""]
+
+
+def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable]:
+    """The problem in φ's floating-point leaves alone, and those in float32 at least.
+
+    Small steps on bfloat16 parameters would be lost to rounding: the iterates, and every vector
+    like them, are kept wide, the losses still see the dtypes they were written for.
+
+    Args:
+        problem: the problem.
+        params: φ, with leaves of any dtype.
+
+    Returns:
+        The problem in wide parameters, φ as those, and the way back.
+    """
+    floats, others = trees.split_inexact(params)
+    wide = jax.tree.map(lambda x: jnp.asarray(x, trees.accumulator(jnp.result_type(x))), floats)
+    dtypes = jax.tree.map(jnp.result_type, floats)
+
+    def restore(wide: Params) -> Params:
+        return trees.merge(jax.tree.map(lambda x, d: x.astype(d), wide, dtypes), others)
+
+    if not jax.tree.leaves(others) and jax.tree.map(jnp.result_type, wide) == dtypes:
+        return problem, wide, lambda params: params
+
+    def inner_loss(wide: Params, context: Context) -> Scalar:
+        loss = problem.inner_loss(restore(wide), context)
+        return loss.astype(trees.accumulator(loss.dtype))
+
+    def outer_loss(wide: Params, context: Context) -> tuple[Scalar, Any]:
+        loss, aux = problem.outer_loss(restore(wide), context)
+        return loss.astype(trees.accumulator(loss.dtype)), aux
+
+    return replace(problem, inner_loss=inner_loss, outer_loss=outer_loss), wide, restore
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """The inner loop of one task: at most K steps of a solver from φ₀.
+
+    Attributes:
+        solver: an `InnerSolver`, or any optax optimiser. Default: `accelerated()`.
+        steps: K, the number of steps (zero is allowed: φ₀ is the answer).
+        tolerance: stop as soon as a step was made from a point with ‖∇_φ g‖ at most this; None
+            makes all K steps. The steps made are in the report. Estimators that differentiate the
+            steps in reverse refuse it. Tasks sharded over devices wait for the slowest.
+
+    Raises:
+        ValueError: `steps` is no whole number, negative or beyond int32, or `tolerance` is not
+            positive.
+
+    Example:
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2),
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ... )
+        >>> loop = InnerLoop(optax.sgd(0.5), steps=20)
+        >>> loop(g, jnp.zeros(2), jnp.array([1.0, 2.0])).round(3).tolist()
+        [1.0, 2.0]
+    """
+
+    solver: InnerSolver | optax.GradientTransformation = DEFAULT
+    steps: int = 20
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        _checks.count("steps", self.steps, least=0)
+        if self.tolerance is not None:
+            _checks.positive("tolerance", self.tolerance)
+        if not isinstance(self.solver, InnerSolver):  # an optax optimiser, taken as it is
+            object.__setattr__(self, "solver", from_optax(self.solver))
+
+    def __call__(
+        self,
+        problem: Problem,
+        params: Params,
+        context: Context,
+        key: Key[Array, ""] | None = None,
+    ) -> Params:
+        """Run the loop. It can be differentiated forward; for reverse see `start` and `advance`.
+
+        Args:
+            problem: whose `inner_loss` is minimised.
+            params: φ₀.
+            context: of one task.
+            key: for solvers that draw; default `jax.random.key(0)`.
+
+        Returns:
+            The last φ, like `params`.
+        """
+        key = jax.random.key(0) if key is None else key
+        problem, wide, restore = widened(problem, params)
+        return restore(self.run(problem, wide, context, key).params)
+
+    def run(
+        self, problem: Problem, params: Params, context: Context, key: Key[Array, ""]
+    ) -> InnerState:
+        """The state at the end, with arguments as for a call; memory does not grow with K."""
+        # XLA unrolls a loop whose trip count it knows to be 1: hidden, the program is the same
+        # for every K.
+        limit = jax.lax.optimization_barrier(jnp.int32(self.steps))
+
+        def unfinished(state: InnerState) -> Bool[Array, ""]:
+            more = state.steps < limit
+            if self.tolerance is not None:
+                more &= ~(state.gradient_norm <= self.tolerance)
+            return more
+
+        def body(state: InnerState) -> InnerState:
+            return self._step(problem, state, context, key)
+
+        return jax.lax.while_loop(unfinished, body, self.start(problem, params, context))
+
+    def start(self, problem: Problem, params: Params, context: Context) -> InnerState:
+        """The state before the first step, with arguments as for a call."""
+        solver = self._solver.init(problem, params, context)
+        dtype = jax.eval_shape(trees.norm, params).dtype
+        return InnerState(params, solver, jnp.asarray(jnp.inf, dtype), jnp.int32(0))
+
+    def advance(
+        self,
+        problem: Problem,
+        state: InnerState,
+        context: Context,
+        key: Key[Array, ""],
+        steps: int,
+        step_transform: Callable[[Callable], Callable] = lambda step: step,
+    ) -> InnerState:
+        """Make `steps` further steps under `lax.scan`, which can be differentiated in reverse.
+
+        Args:
+            problem: whose `inner_loss` is minimised.
+            state: as returned by `start` or `advance`.
+            context: of one task.
+            key: as for a call; the same from the first step to the last.
+            steps: how many.
+            step_transform: applied to the function (state, context) -> state of one step, for
+                instance `jax.checkpoint`.
+
+        Returns:
+            The state after the steps.
+
+        Raises:
+            ValueError: the loop has a `tolerance`, so how many steps it makes is not known.
+        """
+        if self.tolerance is not None:
+            raise ValueError(
+                f"tolerance: expected None where steps are differentiated in reverse, found "
+                f"{self.tolerance}: a loop of unknown length stores no known number of iterates. "
+                "Leave it out, or use an estimator that does not store them, such as implicit() "
+                "or forward_mode()."
+            )
+        step = step_transform(lambda state, context: self._step(problem, state, context, key))
+        state, _ = jax.lax.scan(lambda s, _: (step(s, context), None), state, length=steps)
+        return state
+
+    def _step(
+        self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
+    ) -> InnerState:
+        params, solver, length = self._solver.update(
+            problem, state.params, state.solver, context, state.steps, key
+        )
+        # The derivative of a norm at zero is NaN, and this norm is reported only.
+        return InnerState(params, solver, jax.lax.stop_gradient(length), state.steps + 1)
+
+    @property
+    def _solver(self) -> InnerSolver:
+        assert isinstance(self.solver, InnerSolver)
+        return self.solver

@@ -1,0 +1,71 @@
+"""The Neumann series: gradient descent on the quadratic form, one product a term."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from memmeta import _checks, trees
+from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, axpy, dot, make_solver
+from memmeta.linear_solve._spectrum import power_iteration
+
+POWER_STEPS = 8
+
+
+def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0) -> LinearSolver:
+    r"""The first terms of the Neumann series.
+
+    $$x = \eta \sum_{k=0}^{\text{steps}-1} (I - \eta A)^k \, b$$
+
+    Unlike other codes it cannot diverge: a term that would enlarge the residual is left out and η
+    halved. Its error falls as (1 − 1/κ)^steps, that of `cg` as (1 − 2/√κ)^steps or faster.
+
+    Args:
+        steps: number of terms, 0 or more.
+        rate: η; None means 1/L, with L from 8 power steps along b (counted as products).
+        damping: λ ≥ 0, to solve (A + λ I) x = b instead.
+
+    Returns:
+        The solver.
+
+    Raises:
+        ValueError: `steps` is negative or no whole number, or `rate` is not positive.
+
+    Source: Lorraine, Vicol, Duvenaud (AISTATS 2020), Algorithm 3.
+
+    Example:
+        >>> solution = neumann(40)(lambda x: jnp.array([1.0, 2.0]) * x, jnp.array([1.0, 4.0]))
+        >>> solution.value.round(3).tolist()
+        [1.0, 2.0]
+    """
+    _checks.count("steps", steps, least=0)
+    if rate is not None:
+        _checks.positive("rate", rate)
+
+    def method(operator: Operator, b: Vector) -> tuple[Vector, Array, Array]:
+        square = dot(b, b)
+        if rate is None:
+            largest = jax.lax.stop_gradient(power_iteration(operator.product, b, POWER_STEPS))
+        else:
+            largest = jnp.full_like(square, 1 / rate)
+
+        def body(carry: tuple, _: None) -> tuple[tuple, None]:
+            x, r, rr, largest, smallest, count = carry
+            image = operator.product(r)
+            smallest = jnp.where(
+                rr > 0, jnp.minimum(smallest, operator.curvature(r, dot(r, image))), smallest
+            )
+            proposal = axpy(-1 / largest, image, r)
+            length = dot(proposal, proposal)
+            going = length < rr  # False for NaN too, and where A r = 0
+            x = trees.where(going, axpy(1 / largest, r, x), x)
+            largest = jnp.where(going, largest, 2 * largest)
+            r, rr = trees.where(going, proposal, r), jnp.where(going, length, rr)
+            return (x, r, rr, largest, smallest, count + 1), None
+
+        zeros = jax.tree.map(jnp.zeros_like, b)
+        made = jnp.int32(0 if rate is not None else POWER_STEPS)
+        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), made)
+        (x, _, _, _, smallest, count), _ = jax.lax.scan(body, start, length=steps)
+        return x, smallest, count
+
+    return make_solver(method, damping)

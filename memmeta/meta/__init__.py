@@ -1,0 +1,31 @@
+"""The outer iteration: meta-steps, what they report and remember, evaluation, rates, devices."""
+
+from memmeta.meta._evaluation import Evaluation, Interval, confidence_interval, evaluate
+from memmeta.meta._guard import Guard, guard
+from memmeta.meta._mesh import TASKS, task_mesh
+from memmeta.meta._metrics import Counts, Metrics, TaskMetrics
+from memmeta.meta._rates import Proposal, propose
+from memmeta.meta._step import MetaState, MetaStep, TaskChunk, make_meta_step
+from memmeta.meta._warm_start import WarmStart, WarmState
+
+__all__ = [
+    "TASKS",
+    "Counts",
+    "Evaluation",
+    "Guard",
+    "Interval",
+    "MetaState",
+    "MetaStep",
+    "Metrics",
+    "Proposal",
+    "TaskChunk",
+    "TaskMetrics",
+    "WarmStart",
+    "WarmState",
+    "confidence_interval",
+    "evaluate",
+    "guard",
+    "make_meta_step",
+    "propose",
+    "task_mesh",
+]

@@ -1,0 +1,350 @@
+"""The meta-step: hypergradients of chunks of tasks summed in a scan, one outer update, one jit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int32, Key
+
+from memmeta import _checks, trees
+from memmeta.hypergradient import Chunk, Estimator, Memory
+from memmeta.inner import InnerLoop
+from memmeta.meta._guard import DEFAULT_GUARD, Guard
+from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, spread
+from memmeta.meta._metrics import Metrics, Sums, TaskMetrics, averages, sums
+from memmeta.problem import Batch, MetaParams, Problem, Scalar
+
+TaskChunk: TypeAlias = int | Literal["auto"] | None
+"""Tasks worked on at once on each device; None: all; "auto": what the platform is fastest at."""
+
+NUMBERS_AT_ONCE = 32_768
+"""On a CPU "auto" takes as many tasks as hold so many numbers, and one that holds more by itself.
+
+`benchmarks.chunks`: a convolutional network's tasks (60,000 numbers) are fastest one at a time, in
+the cache; a small dense one's (50 numbers) up to three times faster all at once. A GPU or TPU, slow
+at many small steps, takes all.
+"""
+
+
+class MetaState(NamedTuple):
+    """Everything a run carries from one meta-step to the next, as one pytree.
+
+    Attributes:
+        step: meta-steps done.
+        meta_params: θ.
+        optimizer: state of the outer optimiser.
+        key: PRNG key of the run; every random draw of step t comes from fold_in(key, t).
+        guard: state of the guard; None without one.
+    """
+
+    step: Int32[Array, ""]
+    meta_params: MetaParams
+    optimizer: optax.OptState
+    key: Key[Array, ""]
+    guard: Scalar | None
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """One outer iteration, made by `make_meta_step`; call it, or trace `update` in a program.
+
+    Attributes:
+        problem: the bilevel problem.
+        inner: the inner loop.
+        estimator: of the hypergradient.
+        optimizer: the outer optimiser.
+        task_chunk: tasks worked on at once on each device, see `TaskChunk`.
+        mesh: the devices tasks are spread over, along its axis "tasks"; None means one device.
+        guard: what refuses updates; None follows all of them.
+
+    Raises:
+        ValueError: one of them is not what it should be.
+    """
+
+    problem: Problem
+    inner: InnerLoop
+    estimator: Estimator
+    optimizer: optax.GradientTransformation
+    task_chunk: TaskChunk = "auto"
+    mesh: Mesh | None = None
+    guard: Guard | None = DEFAULT_GUARD
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "problem": (Problem, "a memmeta.Problem"),
+            "inner": (InnerLoop, "a memmeta.InnerLoop"),
+            "optimizer": (optax.GradientTransformation, "an optax gradient transformation"),
+            "guard": (Guard | None, "a guard of memmeta.meta.guard, or None"),
+        }
+        for name, (kind, expected) in kinds.items():
+            found = getattr(self, name)
+            _checks.require(name, found, isinstance(found, kind), expected)
+        expected = "one of memmeta.hypergradient"
+        _checks.require("estimator", self.estimator, callable(self.estimator), expected)
+        if self.task_chunk not in (None, "auto"):
+            _checks.count("task_chunk", self.task_chunk)
+        object.__setattr__(self, "mesh", mesh_of_tasks(self.mesh))
+
+    def init(self, meta_params: MetaParams, key: Key[Array, ""] | None = None) -> MetaState:
+        """The state of a new run.
+
+        Args:
+            meta_params: θ at the start. Copied: the state is donated at each step, θ stays yours.
+                With a mesh, arrays sharded over it stay so; the others get a copy on every device.
+            key: PRNG key of the run; default `jax.random.key(0)`.
+
+        Returns:
+            The state at step 0.
+
+        Raises:
+            ValueError: θ has no leaf that can be differentiated, or `key` is no single key.
+        """
+        floats, _ = trees.split_inexact(meta_params)
+        if not jax.tree.leaves(floats):
+            raise ValueError(
+                "meta_params: found no floating-point leaf, expected at least one array to learn."
+            )
+        key = jax.random.key(0) if key is None else key
+        single = jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) and key.shape == ()
+        _checks.require("key", key, single, "one jax.random.key(...)")
+        copied = place(self.mesh, jax.tree.map(jnp.array, meta_params))
+        optimizer = self.optimizer.init(trees.split_inexact(copied)[0])
+        guard = self.guard and self.guard.init(
+            jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
+        )
+        return place(self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard))
+
+    def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
+        """One compiled meta-step; `state` is donated.
+
+        Args:
+            state: from `init` or the previous call.
+            tasks: one batch of tasks, a pytree whose leaves have a leading axis of tasks. With a
+                mesh, those that are not yet spread over its devices are sent there.
+
+        Returns:
+            The next state, and the metrics of this step.
+
+        Raises:
+            ValueError: the tasks have no common leading axis, or the devices or `task_chunk` do not
+                divide it.
+        """
+        self.chunk(tasks)
+        return self.compiled(state, place(self.mesh, tasks, P(TASKS)))
+
+    @cached_property
+    def compiled(self) -> Callable[[MetaState, Batch], tuple[MetaState, Metrics]]:
+        """`update` under `jax.jit` with the state donated; `.lower(...)` shows what it costs."""
+        return jax.jit(self.update, donate_argnums=0)
+
+    def update(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
+        """`__call__` as a pure function that is not yet compiled."""
+        following, metrics, _ = self.update_remembering(state, tasks, None)
+        return following, metrics
+
+    def update_remembering(
+        self, state: MetaState, tasks: Batch, memory: Memory | None
+    ) -> tuple[MetaState, Metrics, Memory | None]:
+        """`update` of tasks of which the estimator remembers something, see `WarmStart`."""
+        gradient, metrics, memory = self.gradient_remembering(state, tasks, memory)
+        floats, others = trees.split_inexact(state.meta_params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
+            updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats)
+            proposed = (optax.apply_updates(floats, updates), optimizer)
+        keep, guard = metrics.counts.masked < trees.leading_size(tasks, "tasks"), state.guard
+        if self.guard is not None and guard is not None:
+            accepted, guard = self.guard.accepts(guard, metrics.gradient_norm, proposed)
+            counts = metrics.counts._replace(refused=(keep & ~accepted).astype(jnp.int32))
+            metrics, keep = metrics._replace(counts=counts), keep & accepted
+        floats, optimizer = trees.where(keep, proposed, (floats, state.optimizer))
+        theta = trees.merge(floats, others)
+        following = MetaState(state.step + 1, theta, optimizer, state.key, guard)
+        return following, metrics, memory
+
+    def gradient(self, state: MetaState, tasks: Batch) -> tuple[MetaParams, Metrics]:
+        r"""The mean hypergradient of a batch, accumulated chunk by chunk.
+
+        $$\frac{1}{n} \sum_{\text{chunks}} \sum_{i \in \text{chunk}} \nabla F_i$$
+
+        Args:
+            state: θ and the PRNG key are used.
+            tasks: one batch of tasks.
+
+        Returns:
+            The gradient, like the inexact leaves of θ, and the metrics.
+        """
+        gradient, metrics, _ = self.gradient_remembering(state, tasks, None)
+        return gradient, metrics
+
+    def gradient_remembering(
+        self, state: MetaState, tasks: Batch, memory: Memory | None
+    ) -> tuple[MetaParams, Metrics, Memory | None]:
+        """`gradient` of tasks of which the estimator remembers something, see `WarmStart`."""
+        sums_of: Callable[..., Any] = partial(self._sums, self.chunk(tasks))
+        draw = jax.random.fold_in(state.key, state.step)
+        numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
+        if self.mesh is not None:
+            sums_of = spread(self.mesh, sums_of, split=3, out=(False, True, True))
+        whole = (state.meta_params, draw, state.step)
+        total, per_task, memory = sums_of(*whole, tasks, numbers, memory)
+        used = jnp.maximum(total.used, 1)
+        gradient = jax.tree.map(
+            lambda g, like: (g / used.astype(g.dtype)).astype(like.dtype),
+            total.gradient,
+            trees.split_inexact(state.meta_params)[0],
+        )
+        return gradient, averages(total, gradient, per_task), memory
+
+    def _sums(
+        self,
+        chunk: int,
+        meta_params: MetaParams,
+        draw: Key[Array, ""],
+        step: Int32[Array, ""],
+        tasks: Batch,
+        numbers: Int32[Array, " tasks"],
+        memory: Memory | None,
+    ) -> tuple[Sums, TaskMetrics, Memory | None]:
+        """One device's tasks, chunk by chunk; then the sums of all devices in one message."""
+        count = numbers.size
+
+        def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, Any]:
+            # Cut out here, and blanked here: the whole batch is never copied.
+            some, chosen, remembered = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk), (tasks, numbers, memory)
+            )
+            finite = jax.vmap(trees.all_finite)(some)
+            some = jax.tree.map(_zero_where_not(finite), some)
+            weights = finite.astype(jnp.float32)
+            part = Chunk(some, weights, chosen, draw, step, remembered)
+            found = self.estimator(self.problem, self.inner, meta_params, part)
+            # A product of finite cotangents can still overflow when it is pulled back.
+            sound = trees.all_finite(found.gradient)
+            total = jax.tree.map(
+                lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
+            )
+            usable = found.usable & sound
+            return total, (TaskMetrics(found.loss, found.aux, found.report, usable), found.memory)
+
+        floats, _ = trees.split_inexact(meta_params)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
+        firsts = jnp.arange(0, count, chunk, dtype=jnp.int32)
+        total, (per_task, memory) = jax.lax.scan(add_chunk, zeros, firsts)
+        per_task, memory = jax.tree.map(
+            lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
+        )
+        shards = 1 if self.mesh is None else self.mesh.shape[TASKS]
+        summed = sums(total, per_task, numbers[0] // count, shards)
+        if shards > 1:
+            # Without the barrier XLA sends a sum that is known early in a message of its own.
+            summed = jax.lax.psum(jax.lax.optimization_barrier(summed), TASKS)
+        return summed, per_task, memory
+
+    def chunk(self, tasks: Batch) -> int:
+        """How many tasks are worked on at once on each device.
+
+        Args:
+            tasks: one batch of tasks, or its shapes.
+
+        Returns:
+            `task_chunk` with "auto" and None made a number.
+
+        Raises:
+            ValueError: the tasks cannot be shared out evenly over devices or chunks.
+        """
+        count = trees.leading_size(tasks, "tasks")
+        shards = 1 if self.mesh is None else self.mesh.shape[TASKS]
+        _checks.require("tasks", count, count > 0, "at least one task")
+        expected = f"a multiple of the {shards} devices they are spread over"
+        _checks.require("tasks", count, count % shards == 0, expected)
+        local = count // shards
+        divisors = [size for size in range(1, local + 1) if local % size == 0]
+        if self.task_chunk == "auto" and jax.default_backend() == "cpu":
+            each = sum(leaf.size for leaf in jax.tree.leaves(tasks)) / count
+            return max(size for size in divisors if size == 1 or size * each <= NUMBERS_AT_ONCE)
+        if not isinstance(self.task_chunk, int):
+            return local
+        if local % self.task_chunk:
+            raise ValueError(
+                f"task_chunk: {self.task_chunk} does not divide the {local} tasks of a step on "
+                f"each device. Choose one of {', '.join(map(str, divisors))}, or None for all at "
+                "once."
+            )
+        return self.task_chunk
+
+
+def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
+    """Blank the inputs of non-finite tasks: 0 · NaN in a pull-back would poison the other tasks."""
+
+    def blank(leaf: Array) -> Array:
+        if not trees.is_inexact(leaf):
+            return leaf
+        return jnp.where(finite.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, 0)
+
+    return blank
+
+
+def make_meta_step(
+    problem: Problem,
+    inner: InnerLoop,
+    estimator: Estimator,
+    optimizer: optax.GradientTransformation,
+    *,
+    task_chunk: TaskChunk = "auto",
+    mesh: Mesh | None = None,
+    guard: Guard | None = DEFAULT_GUARD,
+) -> MetaStep:
+    r"""Make the function that does one outer iteration.
+
+    $$\theta_{t+1} = \theta_t - \text{optimizer}\Big(\frac1n \sum_i \nabla F_i(\theta_t)\Big)$$
+
+    Args:
+        problem: the bilevel problem.
+        inner: the inner loop.
+        estimator: of the hypergradient, from `memmeta.hypergradient`; `scheduled` to let it change
+            with the outer iteration.
+        optimizer: the outer optimiser, any optax gradient transformation.
+        task_chunk: tasks worked on at once on each device. Memory grows with it, and not with the
+            number of tasks; it changes nothing but rounding. "auto" takes what the platform is
+            fastest at (see `NUMBERS_AT_ONCE`), None all.
+        mesh: the devices to spread tasks over, along its axis named "tasks" (see
+            `memmeta.meta.task_mesh`); changes nothing but rounding. Devices exchange one sum a
+            meta-step. Parameters are on every device; those of a model that does not fit may be
+            sharded over a further axis of the mesh, given so to `init`, and the compiler then adds
+            what communication the model needs. None means one device.
+        guard: refuses updates that are not finite, or that follow a gradient of unusual length; see
+            `memmeta.meta.guard`. None follows all updates.
+
+    Returns:
+        A `MetaStep`: `init(meta_params) -> state`, `step(state, tasks) -> (state, metrics)`.
+
+    Raises:
+        ValueError: `task_chunk` is less than 1, or `mesh` has no axis named "tasks"; or another
+            argument is not what it should be.
+
+    Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1.
+
+    Example:
+        >>> import optax, memmeta as mm
+        >>> problem = mm.Problem(
+        ...     embed=lambda theta, batch: (theta, batch),
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
+        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
+        ...     init=jnp.zeros_like,
+        ... )
+        >>> step = make_meta_step(
+        ...     problem, mm.InnerLoop(steps=10), mm.hypergradient.implicit(), optax.sgd(0.5)
+        ... )
+        >>> state = step.init(jnp.zeros(2))
+        >>> for _ in range(20):
+        ...     state, metrics = step(state, jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> state.meta_params.round(2).tolist()
+        [2.0, 3.0]
+    """
+    return MetaStep(problem, inner, estimator, optimizer, task_chunk, mesh, guard)

@@ -1,0 +1,69 @@
+"""How every network here is put together: a flax body, a linear head, and how the head starts."""
+
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from memmeta.models._network import Network, Params
+
+
+def linear_head(
+    params: dict[str, Float[Array, "..."]], features: Float[Array, "examples features"]
+) -> Float[Array, "examples ways"]:
+    """Outputs = features @ kernel + bias."""
+    return features @ params["kernel"] + params["bias"]
+
+
+def with_linear_head(
+    body: nn.Module, ways: int, input_shape: tuple[int, ...], head_scale: float
+) -> Network:
+    """Join a flax body and a linear head into a `Network`.
+
+    Args:
+        body: module of call (inputs, weights) -> (examples, features), float32.
+        ways: how many outputs.
+        input_shape: shape of one example, without the leading axis.
+        head_scale: standard deviation of the head's kernel at the start, times sqrt(features);
+            0 starts every task's head from zeros.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: `ways` is less than 1, or `head_scale` is negative.
+
+    Example:
+        >>> from memmeta.models import with_linear_head
+        >>> class Body(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, inputs, weights):
+        ...         return nn.relu(nn.Dense(8)(inputs))
+        >>> with_linear_head(Body(), ways=5, input_shape=(3,), head_scale=0.0).features
+        8
+    """
+    if ways < 1:
+        raise ValueError(f"ways: must be at least 1, found {ways}")
+    if head_scale < 0:
+        raise ValueError(f"head_scale: must be at least 0, found {head_scale}")
+    example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    weight = jax.ShapeDtypeStruct((1,), jnp.float32)
+    features = jax.eval_shape(body.init_with_output, jax.random.key(0), example, weight)[0].shape[1]
+
+    def init(key: Array) -> Params:
+        body_key, head_key = jax.random.split(key)
+        variables = body.lazy_init(body_key, example, weight)
+        kernel = head_scale * features**-0.5 * jax.random.normal(head_key, (features, ways))
+        return {
+            "body": variables.get("params", {}),
+            "head": {"kernel": kernel, "bias": jnp.zeros(ways)},
+        }
+
+    def apply_body(
+        params: Params, inputs: Shaped[Array, "examples ..."], weights: Float[Array, " examples"]
+    ) -> Float[Array, "examples features"]:
+        return cast(Array, body.apply({"params": params}, inputs, weights))
+
+    return Network(init, apply_body, linear_head, features, ways)

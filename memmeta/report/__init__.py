@@ -1,6 +1,0 @@
-"""Runs as one HTML page and PNGs: learning curves, accuracy by group, an episode, health, cost."""
-
-from memmeta.report.judge import Episode, Judged, judge, judge_all
-from memmeta.report.page import write
-
-__all__ = ["Episode", "Judged", "judge", "judge_all", "write"]

@@ -1,0 +1,140 @@
+"""The meta-steps between two log points: one program, or for data on the host one a step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int32
+
+from memmeta.data import Dataset, HostDataset
+from memmeta.meta._step import MetaState, MetaStep, Metrics
+from memmeta.problem import Batch
+from memmeta.trees import is_inexact
+
+
+@dataclass(frozen=True)
+class Block:
+    """(state, train split, count) -> (state, mean metrics) of `count` meta-steps.
+
+    The state is donated.
+
+    Attributes:
+        run: the function.
+        program: what it has compiled; `.memory_analysis()` tells what that needs.
+    """
+
+    run: Callable[..., tuple[MetaState, Metrics]]
+    program: jax.stages.Compiled
+
+    def __call__(
+        self, state: MetaState, dataset: Dataset | HostDataset, count: int
+    ) -> tuple[MetaState, Metrics]:
+        """Make `count` meta-steps."""
+        return self.run(state, dataset, jnp.int32(count))
+
+
+def on_device(
+    step: MetaStep,
+    batch: Callable[[MetaState, Dataset], Batch],
+    state: MetaState,
+    dataset: Dataset,
+    everywhere: NamedSharding | None,
+) -> Block:
+    """A block as one program, which draws its tasks as it goes.
+
+    The count is traced, so that one compilation serves the last, shorter block too.
+
+    Args:
+        step: one outer iteration.
+        batch: (state, split) -> the tasks of the next meta-step.
+        state: any of the run.
+        dataset: the train split.
+        everywhere: where the state is; None on one device.
+    """
+
+    @jax.jit  # traced once, for its shapes and for the loop
+    def one_step(state: MetaState, dataset: Dataset) -> tuple[MetaState, Metrics]:
+        state, metrics = step.update(state, batch(state, dataset))
+        return state, metrics._replace(tasks=None)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def block(
+        state: MetaState, dataset: Dataset, count: Int32[Array, ""]
+    ) -> tuple[MetaState, Metrics]:
+        def body(_: Array, carry: tuple[MetaState, Metrics]) -> tuple[MetaState, Metrics]:
+            state, total = carry
+            state, found = one_step(state, dataset)
+            return state, _sum(total, found)
+
+        start = _nothing(jax.eval_shape(one_step, state, dataset)[1])
+        state, total = jax.lax.fori_loop(0, count, body, (state, start))
+        return state, _means(total, count)
+
+    program = block.lower(state, dataset, jnp.int32(1)).compile()
+    return Block(program, program)
+
+
+def on_host(
+    step: MetaStep,
+    batches: Callable[[MetaState, HostDataset, int], Iterator[Batch]],
+    state: MetaState,
+    batch: Batch,
+    everywhere: NamedSharding | None,
+) -> Block:
+    """A block of one call a meta-step; the next tasks are gathered on the host meanwhile.
+
+    Args:
+        step: one outer iteration.
+        batches: (state, split, count) -> the tasks of the next `count` meta-steps.
+        state: any of the run.
+        batch: any of the run.
+        everywhere: where the state is; None on one device.
+    """
+
+    @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
+    def one_step(state: MetaState, total: Metrics, batch: Batch) -> tuple[MetaState, Metrics]:
+        state, found = step.update(state, batch)
+        return state, _sum(total, found._replace(tasks=None))
+
+    shapes = jax.eval_shape(step.update, state, batch)[1]._replace(tasks=None)
+    nothing = jax.jit(partial(_nothing, shapes), out_shardings=everywhere)
+    means = jax.jit(_means, out_shardings=everywhere)
+    program = one_step.lower(state, nothing(), batch).compile()
+
+    def block(
+        state: MetaState, dataset: HostDataset, count: Int32[Array, ""]
+    ) -> tuple[MetaState, Metrics]:
+        total = nothing()
+        for batch in batches(state, dataset, int(count)):
+            state, total = program(state, total, batch)
+        return state, means(total, count)
+
+    return Block(block, program)
+
+
+def _nothing(shapes: Metrics) -> Metrics:
+    """The sum of no metrics."""
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return _with_smallest(zeros, lambda curvature: jnp.full_like(curvature, jnp.inf), zeros)
+
+
+def _sum(total: Metrics, found: Metrics) -> Metrics:
+    """Two metrics' sum; of the smallest curvatures the smaller."""
+    return _with_smallest(jax.tree.map(jnp.add, total, found), jnp.minimum, total, found)
+
+
+def _means(total: Metrics, count: Int32[Array, ""]) -> Metrics:
+    """The means of `count` meta-steps; counts stay sums, the smallest curvature the smallest."""
+    means = jax.tree.map(lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total)
+    return _with_smallest(means, lambda curvature: curvature, total)
+
+
+def _with_smallest(metrics: Metrics, combine: Callable[..., Array], *parts: Metrics) -> Metrics:
+    """The metrics with the smallest curvature made of those of the parts, where there is one."""
+    if metrics.report.smallest_curvature is None:
+        return metrics
+    smallest = combine(*(part.report.smallest_curvature for part in parts))
+    return metrics._replace(report=metrics.report._replace(smallest_curvature=smallest))

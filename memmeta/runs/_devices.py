@@ -1,0 +1,93 @@
+"""The devices of a run: how many a CPU is, which mesh is chosen, what they have room for."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from memmeta.meta import task_mesh
+
+
+def use(count: int | None) -> None:
+    """Make the CPU several devices; before anything else asks JAX for one.
+
+    Args:
+        count: how many; None leaves it as it is.
+    """
+    # A device that waits for the others' sums must not give up on a slow or suspended machine.
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
+    if "xla_cpu_collective" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
+    if count is not None:
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already: `chosen` will see
+            jax.config.update("jax_num_cpu_devices", count)
+
+
+def cores() -> int | None:
+    """CPU cores this process may use; None where the user's XLA_FLAGS say how many devices."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def chosen(count: int | None, tasks: int) -> Mesh | None:
+    """The mesh a run's tasks are spread over.
+
+    Args:
+        count: devices in each process; None takes as many as there are and share out the tasks
+            evenly.
+        tasks: in a meta-step.
+
+    Returns:
+        The mesh; None for one device.
+
+    Raises:
+        ValueError: there are fewer devices, or they cannot share the tasks out evenly.
+    """
+    local, several = jax.local_device_count(), jax.process_count()
+    if count is not None and not 1 <= count <= local:
+        raise ValueError(f"devices: expected at most the {local} there are, found {count}")
+    if several > 1:
+        found = [d for p in range(several) for d in _of_process(p)[:count]]
+    elif count is None:
+        even = max(n for n in range(1, local + 1) if tasks % n == 0)
+        found = jax.devices()[:even]
+    else:
+        found = jax.devices()[:count]
+    if tasks % len(found):
+        raise ValueError(
+            f"tasks: expected a multiple of the {len(found)} devices they are spread over, "
+            f"found {tasks}; change --tasks or --devices"
+        )
+    return task_mesh(found) if len(found) > 1 else None
+
+
+def _of_process(number: int) -> list[jax.Device]:
+    return [device for device in jax.devices() if device.process_index == number]
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a program needs on each device, from the compiler; None where it does not tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    sizes = ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes")
+    needed = sum(getattr(memory, name) for name in sizes) - memory.alias_size_in_bytes
+    return int(needed)
+
+
+def free_bytes() -> int | None:
+    """What one device has to give, or of a CPU all of them together; None where it is not known."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return int(statistics["bytes_limit"])
+    if jax.default_backend() != "cpu":
+        return None
+    limits: list[int] = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # of a container
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)

@@ -1,0 +1,78 @@
+"""TensorBoard events of a run, beside its metrics file."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from memmeta.runs import _processes as processes
+from memmeta.runs._config import UserError
+
+
+def require() -> None:
+    """Refuse to go on where events cannot be written.
+
+    Raises:
+        UserError: tensorboardX is not installed.
+    """
+    if find_spec("tensorboardX") is None:
+        raise UserError(
+            "tensorboard: expected the package tensorboardX, found none; "
+            "pip install 'memmeta[tensorboard]'"
+        )
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Write each log point as TensorBoard events, one scalar a figure; of several processes the
+    first one writes.
+
+    A run that goes on after an interruption hides the events of the steps it makes again.
+
+    Args:
+        folder: where the event files go.
+
+    Yields:
+        The function to call with each log point. What is no finite number is left out.
+
+    Raises:
+        UserError: tensorboardX is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, written(Path(folder)) as write:
+        ...     write({"step": 20, "loss": 0.5, "error_bound": None})
+        ...     print(len(list(Path(folder).glob("events.out.tfevents.*"))))
+        1
+    """
+    require()
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    files: list[EventsWriter] = []
+
+    def write(line: dict[str, Any]) -> None:
+        if not processes.is_first():
+            return
+        step, now = line["step"], time.time()
+        if not files:
+            files.append(EventsWriter(str(folder / "events"), f".{step}"))
+            start = SessionLog(status=SessionLog.START)  # hides what was written of later steps
+            files[0].write_event(Event(wall_time=now, step=step, session_log=start))
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in line.items()
+            if name != "step" and value is not None and math.isfinite(value)
+        ]
+        files[0].write_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
+        files[0].flush()
+
+    try:
+        yield write
+    finally:
+        for file in files:
+            file.close()

@@ -1,0 +1,121 @@
+"""What a person sees while a run goes on.
+
+A live bar in a terminal, one that is redrawn in place in a notebook, plain lines in a log file.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+
+TROUBLE = {
+    "masked": "tasks masked (not finite)",
+    "diverging": "inner loops diverged",
+    "indefinite": "tasks at no minimum",
+    "refused": "updates refused",
+}
+"""How the counts of `memmeta.meta.Counts` are said."""
+
+
+def describe(line: dict[str, Any]) -> str:
+    """A log point in words.
+
+    Example:
+        >>> describe({"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0,
+        ...           "masked": 0})
+        'query loss 0.500, accuracy 90.0 %, 31 tasks/s'
+    """
+    parts = [f"query loss {line['loss']:.3f}"]
+    if "accuracy" in line:
+        parts.append(f"accuracy {100 * line['accuracy']:.1f} %")
+    parts.append(f"{line['tasks_per_second']:.0f} tasks/s")
+    for name, meaning in TROUBLE.items():
+        if line.get(name):
+            parts.append(f"{line[name]} {meaning}")
+    if "validation_accuracy" in line:
+        accuracy, interval = line["validation_accuracy"], line["validation_interval"]
+        parts.append(f"validation {100 * accuracy:.1f} ± {100 * interval:.1f} %")
+    return ", ".join(parts)
+
+
+@contextmanager
+def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show log points as they come, in the way that fits where the output goes.
+
+    Args:
+        meta_steps: of the whole run.
+
+    Yields:
+        The function to call with each log point.
+    """
+    if console.is_jupyter:
+        yield _in_notebook(meta_steps)
+        return
+    if not console.is_terminal:
+        yield lambda line: console.print(
+            f"meta-step {line['step']}/{meta_steps}: {describe(line)}", soft_wrap=True
+        )
+        return
+    columns = (
+        TextColumn("meta-steps"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("compiling", total=meta_steps)
+
+        def show(line: dict[str, Any]) -> None:
+            progress.update(bar, completed=line["step"], description=describe(line))
+            if "validation_accuracy" in line:
+                progress.console.print(f"meta-step {line['step']}: {describe(line)}")
+
+        yield show
+
+
+def _in_notebook(meta_steps: int) -> Callable[[dict[str, Any]], None]:
+    """An output of the running cell that every log point redraws; needs nothing but IPython."""
+    from IPython.display import display
+
+    judged: list[str] = []
+
+    def drawn(step: int, text: str) -> dict[str, str]:
+        bar = f'<progress value="{step}" max="{meta_steps}"></progress> {step}/{meta_steps}'
+        rows = "<br>".join([f"{bar} {escape(text)}", *map(escape, judged)])
+        plain = "\n".join([f"meta-step {step}/{meta_steps}: {text}", *judged])
+        return {"text/html": rows, "text/plain": plain}
+
+    handle = display(drawn(0, "compiling"), raw=True, display_id=True)
+
+    def show(line: dict[str, Any]) -> None:
+        if "validation_accuracy" in line:
+            judged.append(f"meta-step {line['step']}: {describe(line)}")
+        handle.update(drawn(line["step"], describe(line)), raw=True)
+
+    return show
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The final report as a table."""
+    shots, ways = report["shots"], report["ways"]
+    title = f"{report['method']} on {report['data']}, {ways}-way {shots}-shot"
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, found in report["accuracy"].items():
+        value = f"{100 * found['mean']:.2f} ± {100 * found['interval']:.2f} %"
+        table.add_row(f"test accuracy, {name} ({report['episodes']} episodes, 95 %)", value)
+    table.add_row("meta-steps", str(report["meta_steps"]))
+    if report["meta_steps_per_second"] is not None:
+        table.add_row("meta-steps a second (median)", f"{report['meta_steps_per_second']:.2f}")
+    if report["meta_step_temporary_bytes"] is not None:
+        megabytes = report["meta_step_temporary_bytes"] / 1e6
+        table.add_row("memory of the compiled meta-step", f"{megabytes:.1f} MB")
+    console.print(table)

@@ -1,0 +1,159 @@
+"""Training: log points, checkpoints, signals, and the final report."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memmeta.meta import _mesh as mesh_of
+from memmeta.meta._step import MetaState, Metrics
+from memmeta.runs import checkpoints
+from memmeta.runs._blocks import Block
+from memmeta.runs._folder import RunFolder
+from memmeta.runs._interruption import Interrupted, Stopped, interruptible
+from memmeta.runs._trainer import TEST, VALIDATION, Trainer
+
+VALIDATION_EPISODES = 100
+
+
+def train(
+    trainer: Trainer,
+    block: Block,
+    folder: RunFolder,
+    resume: bool,
+    show: Callable[[dict[str, Any]], None] = lambda line: None,
+    strict: bool = False,
+) -> MetaState:
+    """Run to the last meta-step, with a log point and maybe a checkpoint after every block.
+
+    Args:
+        trainer: what to run.
+        block: from `trainer.compile()`.
+        folder: where metrics and checkpoints go.
+        resume: go on from the newest checkpoint instead of starting anew.
+        show: called with every log point.
+        strict: stop at the first trouble, see `Counts`.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        CheckpointError: no checkpoint can be used.
+        Interrupted: SIGTERM or SIGINT came; the state is saved.
+        Stopped: with `strict`, something was not as it should be.
+        OSError: the folder cannot be written; what was written stays.
+    """
+    config, state = trainer.config, trainer.init()
+    validation = trainer.judged["any styles"]
+    if resume:
+        if checkpoints.whole(folder.checkpoints):  # else it ended before the first one
+            state = checkpoints.restore(folder.checkpoints, state)
+        folder.keep_metrics_until(int(state.step))
+    with interruptible() as interrupted:
+        while (step := int(state.step)) < config.meta_steps:
+            count = min(config.log_every - step % config.log_every, config.meta_steps - step)
+            before = jax.tree.map(jnp.copy, state) if strict else state
+            began = time.perf_counter()
+            state, metrics = block(state, trainer.splits["train"], count)
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - began
+            if strict and sum(int(count) for count in metrics.counts):
+                raise _stop(trainer, block, folder, before)
+            step += count
+            line = log_point(step, metrics, count * config.tasks / seconds)
+            due = step == config.meta_steps or step % config.checkpoint_every == 0
+            if due:
+                found = trainer.evaluator(
+                    state, "validation", validation, VALIDATION_EPISODES, VALIDATION
+                )
+                line |= {"validation_accuracy": found.mean, "validation_interval": found.half_width}
+            folder.append_metrics(line)
+            show(line)
+            stopping = interrupted()
+            if due or stopping:
+                checkpoints.save(folder.checkpoints, step, state)
+            if stopping and step < config.meta_steps:
+                raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
+    return state
+
+
+def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -> Stopped:
+    """Go through a block again step by step, and save what came before the first trouble."""
+    dataset = trainer.splits["train"]
+    while True:
+        before = jax.tree.map(jnp.copy, state)
+        state, metrics = block(state, dataset, 1)
+        if sum(int(count) for count in metrics.counts):
+            break
+    step = int(before.step)
+    checkpoints.save(folder.checkpoints, step, before)
+    gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
+    tasks = gather(trainer.batch(before, dataset))
+    file = folder.save_batch(tasks)
+    counts = [f"{name} {int(n)}" for name, n in metrics.counts._asdict().items() if int(n)]
+    return Stopped(
+        f"--strict: trouble in meta-step {step + 1}: {', '.join(counts)} (of "
+        f"{trainer.config.tasks} tasks); the state before it is checkpoint {step}, its tasks are "
+        f"in {file}"
+    )
+
+
+def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str, Any]:
+    """The metrics of a block as one flat line of plain numbers; counts are over the whole block."""
+    report = {name: x for name, x in metrics.report._asdict().items() if x is not None}
+    figures = {
+        "loss": metrics.loss,
+        **metrics.aux,
+        **report,
+        "gradient_norm": metrics.gradient_norm,
+    }
+    line: dict[str, Any] = {"step": step}
+    line |= {name: float(value) for name, value in figures.items()}
+    line |= {name: int(count) for name, count in metrics.counts._asdict().items()}
+    return line | {"tasks_per_second": tasks_per_second}
+
+
+def final_report(
+    trainer: Trainer,
+    state: MetaState,
+    folder: RunFolder,
+    block: Block | None = None,
+) -> dict[str, Any]:
+    """Accuracy on held-out test episodes, speed, and memory.
+
+    Args:
+        trainer: of the run.
+        state: at the end of the run.
+        folder: whose metrics hold the speed.
+        block: from `trainer.compile()`; None where nothing was trained.
+
+    Returns:
+        A JSON-ready dict.
+    """
+    config, evaluate = trainer.config, trainer.evaluator
+    accuracy = {
+        name: evaluate(state, "test", sampler, config.episodes, TEST)
+        for name, sampler in trainer.judged.items()
+    }
+    lines = folder.metrics()
+    speeds = [line["tasks_per_second"] for line in lines[1:]]
+    memory = block.program.memory_analysis() if block else None
+    return {
+        "method": config.method,
+        "data": config.data,
+        "meta_steps": int(state.step),
+        "ways": config.ways,
+        "shots": config.shots,
+        "episodes": config.episodes,
+        "accuracy": {
+            name: {"mean": found.mean, "interval": found.half_width}
+            for name, found in accuracy.items()
+        },
+        "meta_steps_per_second": float(np.median(speeds) / config.tasks) if speeds else None,
+        "meta_step_temporary_bytes": int(memory.temp_size_in_bytes) if memory else None,
+        "backend": jax.default_backend(),
+        "devices": mesh_of.shards(trainer.meta_step.mesh),
+    }

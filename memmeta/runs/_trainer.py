@@ -1,0 +1,242 @@
+"""What a run is made of: its data, its compiled programs, and whether they fit the device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32, Key
+
+from memmeta.data import (
+    DataError,
+    Dataset,
+    Episodes,
+    HostDataset,
+    HostEpisodes,
+    Split,
+    load,
+    load_host,
+)
+from memmeta.few_shot.algorithms import Learner
+from memmeta.meta import _mesh as mesh_of
+from memmeta.meta._evaluation import Interval, confidence_interval
+from memmeta.meta._step import MetaState, MetaStep
+from memmeta.problem import Batch, MetaParams
+from memmeta.runs import _blocks as blocks
+from memmeta.runs import _devices as devices
+from memmeta.runs._blocks import Block
+from memmeta.runs._config import Config, UserError
+
+# Tags that keep the run's random draws apart from one another.
+INIT, TRAIN, VALIDATION, TEST = range(4)
+JUDGED_TOGETHER = 10  # episodes on each device: one program whatever their number
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A run's compiled programs and its data; `train` drives it.
+
+    Attributes:
+        config: the options.
+        learner: the method.
+        meta_step: one outer iteration.
+        splits: the data, by split name, on every device or on the host.
+        training: the sampler of the tasks that are trained on.
+        judged: the samplers of the tasks that are judged, by what they are called.
+    """
+
+    config: Config
+    learner: Learner
+    meta_step: MetaStep
+    splits: dict[str, Dataset | HostDataset]
+    training: Episodes
+    judged: dict[str, Episodes]
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """A copy on every device; None on one device."""
+        mesh = self.meta_step.mesh
+        return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def init(self) -> MetaState:
+        """The state before the first meta-step."""
+        key = jax.random.key(self.config.seed)
+        theta = jax.jit(self.learner.init)(jax.random.fold_in(key, INIT))
+        return self.meta_step.init(theta, key)
+
+    def tasks(
+        self,
+        episodes: Episodes,
+        dataset: Dataset | HostDataset,
+        key: Key[Array, ""],
+        count: int,
+        first: int = 0,
+    ) -> Batch:
+        """Tasks `first` to `first + count - 1` of the list that `key` names, where they are used.
+
+        The same tasks wherever the data are; from the host outside compiled code only.
+        """
+        mesh, number = self.meta_step.mesh, jnp.asarray(first, jnp.int32)
+        if isinstance(dataset, HostDataset):
+            drawn = HostEpisodes(episodes).sample_batch(dataset, _here(key), count, number)
+            return mesh_of.place(mesh, drawn, PartitionSpec(mesh_of.TASKS))
+        return _drawn(mesh, episodes, count, dataset, key, number)
+
+    def batch(self, state: MetaState, dataset: Dataset | HostDataset) -> Batch:
+        """The tasks of the meta-step that `state` is about to make, where they will be used."""
+        key = jax.random.fold_in(jax.random.fold_in(state.key, TRAIN), state.step)
+        return self.tasks(self.training, dataset, key, self.config.tasks)
+
+    def batches(self, state: MetaState, dataset: HostDataset, count: int) -> Iterator[Batch]:
+        """`batch` for the next `count` meta-steps, made ready while another is in use."""
+        key, step = jax.random.fold_in(_here(state.key), TRAIN), int(state.step)
+        keys = (jax.random.fold_in(key, number) for number in range(step, step + count))
+        for drawn in HostEpisodes(self.training).stream(dataset, keys, self.config.tasks):
+            yield mesh_of.place(self.meta_step.mesh, drawn, PartitionSpec(mesh_of.TASKS))
+
+    def compile(self) -> Block:
+        """The meta-steps between two log points."""
+        state, dataset, where = self.init(), self.splits["train"], self.everywhere
+        if isinstance(dataset, HostDataset):
+            batch = self.batch(state, dataset)
+            return blocks.on_host(self.meta_step, self.batches, state, batch, where)
+        return blocks.on_device(self.meta_step, self.batch, state, dataset, where)
+
+    @cached_property
+    def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
+        """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
+        learner = self.config.learner(self.splits["test"].example_shape, test=True)
+        mesh = self.meta_step.mesh
+        together = JUDGED_TOGETHER * mesh_of.shards(mesh)
+
+        @partial(jax.jit, out_shardings=self.everywhere)
+        def accuracies(theta: MetaParams, tasks: Batch) -> Float[Array, " tasks"]:
+            def judged(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
+                return learner.evaluate(theta, tasks).aux["accuracy"]
+
+            return mesh_of.spread(mesh, judged, split=1, out=True)(theta, tasks)
+
+        def evaluate(
+            state: MetaState, split: str, episodes: Episodes, count: int, tag: int
+        ) -> Interval:
+            # The same episodes whatever the run's seed, so that runs can be compared.
+            key = jax.random.fold_in(jax.random.key(0), tag)
+            dataset = self.splits[split]
+            episodes.check(_index(dataset))
+            found = []
+            for first in range(0, count, together):
+                tasks = self.tasks(episodes, dataset, key, together, first)
+                # One at a time: the threads of a CPU that wait for the other devices' results of
+                # several programs can be all there are, and then nobody works on any of them.
+                found.append(np.asarray(accuracies(state.meta_params, tasks)))
+            return confidence_interval(np.concatenate(found)[:count])
+
+        return evaluate
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _drawn(
+    mesh: Mesh | None,
+    episodes: Episodes,
+    count: int,
+    dataset: Dataset,
+    key: Key[Array, ""],
+    first: Int32[Array, ""],
+) -> Batch:
+    return mesh_of.draw(mesh, episodes.sample_batch, count)(dataset, key, first)
+
+
+def _here(key: Key[Array, ""]) -> Key[Array, ""]:
+    """A key that is on all devices, on this process's own: what is drawn by it is not on all."""
+    words = jnp.asarray(np.asarray(jax.random.key_data(key)))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+
+
+def _index(split: Dataset | HostDataset) -> Dataset:
+    """What is known of a split beside its examples."""
+    return split.index if isinstance(split, HostDataset) else split
+
+
+def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
+    """Load the data and put a run's pieces together.
+
+    Args:
+        config: the options.
+        mesh: the devices to spread tasks over, see `memmeta.make_meta_step`.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        DataError: the data are missing, altered or too few for the tasks asked for.
+        ValueError: the tasks cannot be shared out evenly over the devices.
+    """
+    names = ("train", "validation", "test")
+    read = load_host if config.on_host else load
+    splits = {name: _classes(read(config.data, name, config.data_dir)) for name in names}
+    train, normalised = _index(splits["train"]), config.normalised(splits["train"])
+    training = config.training_episodes(train, normalised)
+    judged = config.test_episodes(train, normalised)
+    training.check(train)
+    for name, sampler in product(("validation", "test"), judged.values()):
+        sampler.check(_index(splits[name]))
+    learner = config.learner(splits["train"].example_shape)
+    meta_step = learner.make_meta_step(
+        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh
+    )
+    if not config.on_host:
+        splits = {name: mesh_of.place(meta_step.mesh, split) for name, split in splits.items()}
+    return Trainer(config, learner, meta_step, splits, training, judged)
+
+
+def _classes(split: Split | HostDataset) -> Dataset | HostDataset:
+    if not isinstance(split, Dataset | HostDataset):
+        raise DataError(
+            f"data: {split.name} has curves, and the command line trains classifiers; use a "
+            "Problem of your own with memmeta.make_meta_step, or a data set of classes"
+        )
+    return split
+
+
+def check_room(trainer: Trainer, block: Block) -> None:
+    """Say before a run starts that it will not fit, and what would.
+
+    Args:
+        trainer: of the run.
+        block: from `trainer.compile()`.
+
+    Raises:
+        UserError: the device has less memory than the compiled program needs.
+    """
+    needed, free = devices.needed_bytes(block.program), devices.free_bytes()
+    if jax.default_backend() == "cpu" and needed is not None:
+        needed *= jax.local_device_count() if trainer.meta_step.mesh else 1
+    if needed is None or free is None or needed <= free:
+        return
+    step = trainer.meta_step
+    chunk = step.chunk(trainer.batch(trainer.init(), trainer.splits["train"]))
+    found = f"a meta-step needs {needed / 1e9:.3g} GB, there are {free / 1e9:.3g} GB"
+    smallest = needed
+    if chunk > 1:
+        one = replace(trainer, meta_step=replace(step, task_chunk=1)).compile()
+        of_block = devices.needed_bytes(block.program) or needed
+        smallest = round((devices.needed_bytes(one.program) or 0) * needed / of_block)
+    if smallest > free:
+        raise UserError(
+            f"task_chunk: {found}, and with --task-chunk 1 it would still need "
+            f"{smallest / 1e9:.3g} GB; use a smaller --width, --shots or --queries, or more devices"
+        )
+    each = (needed - smallest) / (chunk - 1)  # memory is a straight line in the chunk
+    fitting = max(
+        size
+        for size in range(1, chunk)
+        if chunk % size == 0 and (size == 1 or smallest + each * (size - 1) <= free)
+    )
+    raise UserError(
+        f"task_chunk: {found}; --task-chunk {fitting} would need about "
+        f"{(smallest + each * (fitting - 1)) / 1e9:.3g} GB and changes no result but by rounding"
+    )

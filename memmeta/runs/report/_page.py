@@ -1,0 +1,266 @@
+"""The page itself: one HTML file that needs nothing else, and the charts' PNGs beside it."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from memmeta.runs.checkpoints import write_whole
+from memmeta.runs.report._charts import RUNS, Chart, charts
+from memmeta.runs.report._judge import Episode, Judged
+from memmeta.runs.report._remarks import remarks
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+QUERIES_SHOWN = 5
+
+
+def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
+    """Write the page and the PNGs.
+
+    Args:
+        runs: what is on it, side by side.
+        page: the HTML file; the PNGs go into a folder of its name without the suffix.
+        episodes: how many test episodes of each group were judged.
+
+    Returns:
+        All files written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    sections = charts(runs, episodes)
+    pictures = page.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    written = [page]
+    for chart in (chart for found in sections.values() for chart in found):
+        path = pictures / f"{chart.name}.png"
+        path.write_bytes(chart.png)
+        written.append(path)
+    write_whole(page, html(runs, sections))
+    return written
+
+
+def html(runs: Sequence[Judged], sections: dict[str, list[Chart]]) -> str:
+    """The whole page as text."""
+    names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    body = [
+        f"<h1>{escape(names)}</h1>",
+        f'<p class="soft">{escape(subtitle(runs))}</p>',
+        figures_table(runs),
+        section("Learning", runs, cards(sections["Learning"])),
+        section("An episode", [], episodes_html(runs)),
+        section(
+            "Health of the solver",
+            runs,
+            remarks_html(runs),
+            cards(sections["Health of the solver"]),
+        ),
+        section("Time and memory", runs, cards(sections["Time and memory"])),
+        section("Options", [], options_table(runs)),
+    ]
+    style = files("memmeta.runs.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>memmeta: {escape(names)}</title>\n<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def section(title: str, legend: Sequence[Judged], *parts: str) -> str:
+    """A heading, the runs' colours where several are drawn, and what follows."""
+    content = "\n".join(filter(None, parts))
+    if not content:
+        return ""
+    shown = ""
+    if len(legend) > 1:
+        shown = '<p class="legend">' + "".join(map(label, range(len(legend)), legend)) + "</p>"
+    return f"<section><h2>{title}</h2>\n{shown}\n{content}</section>"
+
+
+def label(number: int, run: Judged) -> str:
+    """A run's name with its colour."""
+    colour = f"--colour: var(--run-{number % len(RUNS)})"
+    return f'<span class="run" style="{colour}">{escape(run.name)}</span>'
+
+
+def subtitle(runs: Sequence[Judged]) -> str:
+    """What the runs are of."""
+    kinds = {(run.config.data, run.config.ways, run.config.shots) for run in runs}
+    return "; ".join(f"{data}, {ways}-way {shots}-shot" for data, ways, shots in sorted(kinds))
+
+
+def figures_table(runs: Sequence[Judged]) -> str:
+    """The final figures, a column a run."""
+    rows: dict[str, list[str]] = {"method": [run.config.method for run in runs]}
+    rows["meta-steps"] = [meta_steps(run) for run in runs]
+    for kind in dict.fromkeys(name for run in runs for name in run.final.get("accuracy", {})):
+        found = [run.final.get("accuracy", {}).get(kind) for run in runs]
+        rows[f"test accuracy, {kind}"] = [percent(interval) for interval in found]
+    rows["best validation accuracy"] = [best_validation(run) for run in runs]
+    rows["meta-steps a second (median)"] = [
+        number(run.final.get("meta_steps_per_second"), "{:.2f}") for run in runs
+    ]
+    rows["memory of the compiled meta-step"] = [
+        number(run.final.get("meta_step_temporary_bytes"), "{:.1f} MB", 1e-6) for run in runs
+    ]
+    rows["on"] = [run.final.get("backend", "–") for run in runs]
+    return table(runs, rows)
+
+
+def options_table(runs: Sequence[Judged]) -> str:
+    """The options, those that differ between the runs first."""
+    options = [dataclasses.asdict(run.config) for run in runs]
+    rows = {name: [str(found[name]) for found in options] for name in options[0]}
+    differ = {name: values for name, values in rows.items() if len(set(values)) > 1}
+    same = {name: values for name, values in rows.items() if name not in differ}
+    folded = f"<details><summary>{len(same)} options{' in common' if differ else ''}</summary>"
+    folded += table(runs, same) + "</details>"
+    return (table(runs, differ) if differ else "") + folded
+
+
+def table(runs: Sequence[Judged], rows: dict[str, list[str]]) -> str:
+    """A table with a column a run; it scrolls where the page is narrow."""
+    heads = "".join(f"<th>{label(*run)}</th>" for run in enumerate(runs))
+    lines = "".join(
+        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in values) + "</tr>"
+        for name, values in rows.items()
+        if any(value != "–" for value in values)
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def meta_steps(run: Judged) -> str:
+    """How far the run is."""
+    done = run.lines[-1]["step"] if run.lines else 0
+    return str(done) if done == run.config.meta_steps else f"{done} of {run.config.meta_steps}"
+
+
+def best_validation(run: Judged) -> str:
+    """The best validation accuracy and when it was."""
+    found = [line for line in run.lines if line.get("validation_accuracy") is not None]
+    if not found:
+        return "–"
+    best = max(found, key=lambda line: line["validation_accuracy"])
+    interval = {"mean": best["validation_accuracy"], "interval": best["validation_interval"]}
+    return f"{percent(interval)} at {best['step']}"
+
+
+def percent(found: dict[str, float] | None) -> str:
+    """A mean with its interval."""
+    return "–" if found is None else f"{100 * found['mean']:.1f} ± {100 * found['interval']:.1f} %"
+
+
+def number(value: Any, form: str, scale: float = 1.0) -> str:
+    """A figure, or a dash where it is not known."""
+    return "–" if value is None else form.format(scale * value)
+
+
+def cards(found: Sequence[Chart]) -> str:
+    """Charts as a grid that folds to one column."""
+    inside = "".join(
+        f'<figure class="card"><h3>{escape(chart.title)}</h3>'
+        f'<p class="soft">{escape(chart.note)}</p>{chart.svg}</figure>'
+        for chart in found
+    )
+    return f'<div class="cards">{inside}</div>' if inside else ""
+
+
+def remarks_html(runs: Sequence[Judged]) -> str:
+    """What is noteworthy about each run, in words."""
+    items = [
+        f"<li>{label(index, run)}: {escape(remark)}</li>"
+        for index, run in enumerate(runs)
+        for remark in remarks(run)
+    ]
+    return f'<ul class="remarks">{"".join(items)}</ul>'
+
+
+def episodes_html(runs: Sequence[Judged]) -> str:
+    """Each run's episode; the same task where data, ways and shots are the same."""
+    inside = "".join(
+        episode_html(index, run) for index, run in enumerate(runs) if run.episode is not None
+    )
+    if not inside:
+        return ""
+    how = (
+        "Left, framed: the support examples. Then query examples: what the learner says before and "
+        "after adaptation, with its probability. Dashed: wrong after adaptation."
+    )
+    return f'<p class="soft">{how}</p><div class="episodes">{inside}</div>'
+
+
+def episode_html(index: int, run: Judged) -> str:
+    """One run's episode."""
+    episode = run.episode
+    assert episode is not None
+    targets = episode.task.query_targets
+    scores = [np.mean(p.argmax(axis=1) == targets) for p in (episode.before, episode.after)]
+    heading = (
+        f"{escape(episode.group)}: {100 * scores[0]:.0f}&nbsp;% → {100 * scores[1]:.0f}&nbsp;%"
+    )
+    rows = "".join(class_html(episode, way) for way in range(run.config.ways))
+    return f'<div class="card"><h3>{label(index, run)}, {heading}</h3>{rows}</div>'
+
+
+def class_html(episode: Episode, way: int) -> str:
+    """One class of an episode: its support examples, then some of its query examples."""
+    task, name = episode.task, class_name(way)
+    support = [
+        tile(task.support_inputs[i], "support", name)
+        for i in np.flatnonzero(task.support_targets == way)[:QUERIES_SHOWN]
+    ]
+    query = []
+    for i in np.flatnonzero(task.query_targets == way)[:QUERIES_SHOWN]:
+        before, after = episode.before[i], episode.after[i]
+        right = after.argmax() == way
+        said = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
+        query.append(tile(task.query_inputs[i], "right" if right else "wrong", said))
+    tiles = "".join(f'<div class="tiles">{"".join(found)}</div>' for found in (support, query))
+    return f'<div class="class">{tiles}</div>'
+
+
+def said_of(probabilities: np.ndarray) -> str:
+    """The likeliest class with its probability; none where all are alike."""
+    if np.ptp(probabilities) < 1e-3:
+        return "any"
+    return f"{class_name(int(probabilities.argmax()))} {100 * probabilities.max():.0f} %"
+
+
+def class_name(way: int) -> str:
+    """A, B, C, …; labels carry no meaning from one episode to the next."""
+    return LETTERS[way] if way < len(LETTERS) else str(way)
+
+
+def tile(
+    image: Shaped[Array | np.ndarray, "height width channels"], kind: str, caption: str
+) -> str:
+    """One example with what stands below it."""
+    return (
+        f'<figure class="tile {kind}"><img alt="" src="{data_uri(image)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def data_uri(image: Shaped[Array | np.ndarray, "height width channels"]) -> str:
+    """An image as text, to be part of the page; floating-point images are 0 to 1."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        pixels = np.clip(255 * pixels, 0, 255).astype(np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = np.repeat(pixels, 3, axis=-1)
+    png = io.BytesIO()
+    matplotlib.image.imsave(png, pixels, format="png")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
