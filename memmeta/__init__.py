@@ -17,6 +17,7 @@ from memmeta.meta import (
     Metrics,
     confidence_interval,
     evaluate,
+    explain,
     make_meta_step,
 )
 from memmeta.problem import Problem, Structure, Task
@@ -44,6 +45,7 @@ __all__ = [
     "confidence_interval",
     "data",
     "evaluate",
+    "explain",
     "few_shot",
     "hypergradient",
     "implicit_solution",

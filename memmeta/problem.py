@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from memmeta import trees
@@ -117,10 +118,13 @@ class Structure:
         deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
             distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
             a rigorous error bound.
+        check: tasks -> None, raising a ValueError for a batch that the losses cannot read. Called
+            outside compiled code, before a batch of new shapes is used for the first time.
     """
 
     head: Callable[[Context], LinearHead] | None = None
     deviations: "Callable[[Problem, Params, Params, Scalar, Context], Deviations] | None" = None
+    check: Callable[[Batch], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,11 +168,16 @@ class Problem:
     strong_convexity: Callable[[Context], Scalar] | None = None
     structure: Structure = Structure()
 
+    @property
+    def certifiable(self) -> bool:
+        """Whether the problem gives what a rigorous error bound needs."""
+        return self.strong_convexity is not None and self.structure.deviations is not None
+
 
 def hessian_product(
     problem: Problem, params: Params, context: Context
 ) -> tuple[Params, Callable[[Params], Params]]:
-    r"""∇_φ g and u ↦ ∂²_φφ g u at φ, forward over reverse.
+    r"""∇_φ g and u ↦ ∂²_φφ g u at φ, forward over reverse (reverse twice through `jax.custom_vjp`).
 
     Each product computes the gradient's intermediate values anew: what is kept between products is
     φ alone, and a product takes the memory of little more than two gradients. Kept, as
@@ -200,7 +209,19 @@ def hessian_product(
     def slope(params: Params) -> Params:
         return jax.grad(problem.inner_loss)(params, context)
 
-    return jax.linearize(slope, params)
+    try:
+        return jax.linearize(slope, params)
+    except TypeError as error:
+        _require_no_forward_rule(error)
+    # The Hessian is its own transpose.
+    gradient, transposed = jax.vjp(slope, params)
+    return gradient, lambda u: transposed(u)[0]
+
+
+def _require_no_forward_rule(error: TypeError) -> None:
+    """Raise an error again unless it says that a `jax.custom_vjp` has no forward derivative."""
+    if "forward-mode" not in str(error):
+        raise error
 
 
 class SplitContext(NamedTuple):
@@ -252,7 +273,7 @@ class Products(NamedTuple):
 
 
 def products(problem: Problem, params: Params, u: Params, context: SplitContext) -> Products:
-    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one forward-over-reverse pass.
+    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one pass.
 
     Args:
         problem: its inner loss is used.
@@ -261,9 +282,22 @@ def products(problem: Problem, params: Params, u: Params, context: SplitContext)
         context: of one task.
     """
 
-    def both(params: Params) -> tuple[Params, Context]:
-        inner = lambda p, a: problem.inner_loss(p, context.at(a))  # noqa: E731
-        return jax.grad(inner, argnums=(0, 1))(params, context.active)
+    def inner_loss(params: Params, active: Context) -> Scalar:
+        return problem.inner_loss(params, context.at(active))
 
-    (gradient, _), (hessian, mixed) = jax.jvp(both, (params,), (u,))
+    def both(params: Params) -> tuple[Params, Context]:
+        return jax.grad(inner_loss, argnums=(0, 1))(params, context.active)
+
+    try:
+        (gradient, _), (hessian, mixed) = jax.jvp(both, (params,), (u,))
+        return Products(gradient, hessian, mixed)
+    except TypeError as error:
+        _require_no_forward_rule(error)
+
+    def along(params: Params, active: Context) -> tuple[Scalar, Params]:
+        gradient = jax.grad(inner_loss)(params, active)
+        return jnp.asarray(optax.tree.vdot(gradient, u)), gradient
+
+    by_both = jax.grad(along, argnums=(0, 1), has_aux=True)
+    (hessian, mixed), gradient = by_both(params, context.active)
     return Products(gradient, hessian, mixed)

@@ -102,9 +102,11 @@ def norm(tree: PyTree) -> Float[Array, ""]:
         return jnp.float32(0.0)
     dtype = max((leaf.dtype for leaf in leaves), key=lambda d: jnp.finfo(d).bits)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]))
-    scale = jnp.where(largest > 0, largest, 1)
+    scale = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
     squares = [jnp.sum((leaf / scale.astype(leaf.dtype)) ** 2).astype(dtype) for leaf in leaves]
-    return scale * jnp.sqrt(sum(squares[1:], squares[0]))
+    total = sum(squares[1:], squares[0])
+    # A root has no derivative at zero: the one that is asked for there is zero.
+    return jnp.where(total == 0, 0, scale * jnp.sqrt(jnp.where(total == 0, 1, total)))
 
 
 def accumulator(dtype: Any) -> Any:
@@ -143,12 +145,25 @@ def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree
             lambda d: None if d.dtype == jax.dtypes.float0 else d, derivatives
         )
 
-    closed, (outputs, _) = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
+    def value(floats: PyTree, _: PyTree) -> tuple[PyTree, PyTree]:
+        outputs = function(merge(floats, others))
+        return outputs, split_inexact(outputs)[0]
+
+    leaves = len(jax.tree.leaves(floats))
+    try:
+        closed, (outputs, _) = jax.make_jaxpr(derivative, return_shape=True)(floats, floats)
+        first = leaves
+    except TypeError as error:
+        # A `jax.custom_vjp` has no forward derivative: follow the values themselves instead.
+        if "forward-mode" not in str(error):
+            raise
+        closed, (outputs, _) = jax.make_jaxpr(value, return_shape=True)(floats, floats)
+        first = 0
     flags = jax.tree.map(lambda shape: jnp.issubdtype(shape.dtype, jnp.inexact), outputs)
-    leaves, skipped = len(jax.tree.leaves(floats)), len(jax.tree.leaves(outputs))
+    skipped = len(jax.tree.leaves(outputs))
 
     def outputs_of(index: int) -> PyTree[bool]:
-        marks = iter(_reached(closed, [i == leaves + index for i in range(2 * leaves)])[skipped:])
+        marks = iter(_reached(closed, [i == first + index for i in range(2 * leaves)])[skipped:])
         return jax.tree.map(lambda inexact: next(marks) if inexact else False, flags)
 
     return [outputs_of(index) for index in range(leaves)]

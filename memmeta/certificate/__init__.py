@@ -1,7 +1,6 @@
 """How wrong an implicit hypergradient can be: rigorous bounds, and estimates."""
 
 from memmeta.certificate._bound import (
-    Certificate,
     Constants,
     Measured,
     bound,
@@ -10,7 +9,7 @@ from memmeta.certificate._bound import (
     distance_bound,
     measure,
 )
-from memmeta.certificate._estimate import estimate
+from memmeta.certificate._estimate import Certificate, estimate
 
 __all__ = [
     "Certificate",

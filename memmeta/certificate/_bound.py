@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from memmeta import trees
+from memmeta.certificate._estimate import Certificate
 from memmeta.problem import (
     Context,
     Deviations,
@@ -42,27 +43,6 @@ class Constants(NamedTuple):
     hessian: Scalar
     coupling: Scalar
     embedding: Scalar
-
-
-class Certificate(NamedTuple):
-    r"""A bound on ‖∇̂F_i − ∇F_i‖, or an estimate of it, in two parts that add up.
-
-    Attributes:
-        inner: the part of the inner loop that stopped early, ∝ ‖∇_φ g‖.
-        linear: the part of the linear solve that stopped early, ∝ ‖∂_φ f − (∂²_φφ g) v̂‖.
-        distance: the same for ‖φ̂ − φ*‖.
-        rigorous: whether it is a bound (the constants were given) or an estimate (measured).
-    """
-
-    inner: Float[Array, "*tasks"]
-    linear: Float[Array, "*tasks"]
-    distance: Float[Array, "*tasks"]
-    rigorous: Bool[Array, "*tasks"]
-
-    @property
-    def total(self) -> Float[Array, "*tasks"]:
-        """The bound itself."""
-        return self.inner + self.linear
 
 
 class Measured(NamedTuple):
@@ -164,11 +144,6 @@ def bound(deviations: Deviations, distance: Scalar, residual: Scalar) -> Certifi
     inner = jnp.where(possible, d.embedding * inner, jnp.inf)
     linear = jnp.where(possible, d.embedding * d.sensitivity * residual, jnp.inf)
     return Certificate(_inf_for_nan(inner), _inf_for_nan(linear), distance, jnp.bool_(True))
-
-
-def certifiable(problem: Problem) -> bool:
-    """Whether a problem gives what `certify` needs."""
-    return problem.structure.deviations is not None and problem.strong_convexity is not None
 
 
 def certify(problem: Problem, params: Params, solution: Params, context: Context) -> Certificate:

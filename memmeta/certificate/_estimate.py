@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from memmeta import trees
-from memmeta.certificate._bound import Certificate
 from memmeta.linear_solve import extreme_eigenvalues, power_iteration
 from memmeta.linear_solve._solution import dot
 from memmeta.problem import (
@@ -24,6 +24,27 @@ from memmeta.problem import (
     outer_gradients,
     products,
 )
+
+
+class Certificate(NamedTuple):
+    r"""A bound on ‖∇̂F_i − ∇F_i‖, or an estimate of it, in two parts that add up.
+
+    Attributes:
+        inner: the part of the inner loop that stopped early, ∝ ‖∇_φ g‖.
+        linear: the part of the linear solve that stopped early, ∝ ‖∂_φ f − (∂²_φφ g) v̂‖.
+        distance: the same for ‖φ̂ − φ*‖.
+        rigorous: whether it is a bound (the constants were given) or an estimate (measured).
+    """
+
+    inner: Float[Array, "*tasks"]
+    linear: Float[Array, "*tasks"]
+    distance: Float[Array, "*tasks"]
+    rigorous: Bool[Array, "*tasks"]
+
+    @property
+    def total(self) -> Float[Array, "*tasks"]:
+        """The bound itself."""
+        return self.inner + self.linear
 
 
 class Residuals(NamedTuple):

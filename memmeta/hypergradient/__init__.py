@@ -1,7 +1,7 @@
 """Hypergradient estimators: one file each, all behind one seam."""
 
 from memmeta.hypergradient._catalogue import ESTIMATORS, Entry
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile
@@ -17,7 +17,6 @@ from memmeta.hypergradient._seam import (
     Hypergradient,
     Memory,
     Report,
-    report_of_loop,
     scheduled,
 )
 from memmeta.hypergradient._truncated import truncated

@@ -15,10 +15,17 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from memmeta import trees
 from memmeta.certificate._estimate import error_of_loop
-from memmeta.hypergradient._estimator import Embedded, embedded
-from memmeta.hypergradient._seam import Chunk, Report, over_tasks, report_of_loop
+from memmeta.hypergradient._estimator import (
+    Embedded,
+    embedded,
+    over_tasks,
+    report_of_loop,
+    task_keys,
+)
+from memmeta.hypergradient._seam import Chunk, Report
 from memmeta.hypergradient._unrolled import has_known_curvature
 from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.inner._solver import require_derivative_at_zero
 from memmeta.problem import Batch, MetaParams, Problem, Scalar, SplitContext
 
 
@@ -33,7 +40,7 @@ def losses_and_reports(
         loss, aux = all_tasks.problem.outer_loss(state.params, context.whole)
         return loss, aux, reported(inner, all_tasks, state, context, estimate_error)
 
-    return over_tasks(one_task, all_tasks.contexts, chunk.keys)
+    return over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
 
 
 def reported(
@@ -67,21 +74,35 @@ class AlongDirections(NamedTuple):
 
 
 def task_losses(
-    problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
+    problem: Problem,
+    inner: InnerLoop,
+    meta_params: MetaParams,
+    chunk: Chunk,
+    differentiated: bool,
 ) -> Callable[[MetaParams], Float[Array, " tasks"]]:
-    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ."""
+    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ.
+
+    Args:
+        problem: the problem.
+        inner: the inner loop.
+        meta_params: θ.
+        chunk: the tasks.
+        differentiated: whether the function will be, and not only evaluated.
+    """
     _, others = trees.split_inexact(meta_params)
 
     def losses(floats: MetaParams) -> Float[Array, " tasks"]:
         theta = trees.merge(floats, others)
         wide_problem, wide, _ = widened(problem, problem.init(theta))
+        if differentiated:
+            require_derivative_at_zero(inner.steps_of, wide)
 
         def one_task(task: Batch, key: Array) -> Scalar:
             context = problem.embed(theta, task)
             params = inner.run(wide_problem, wide, context, key).params
             return wide_problem.outer_loss(params, context)[0]
 
-        return over_tasks(one_task, chunk.tasks, chunk.keys)
+        return over_tasks(one_task, chunk.tasks, task_keys(chunk))
 
     return losses
 

@@ -7,24 +7,16 @@ the whole chunk, and pulls the rules' cotangents back through it once, so that n
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from memmeta import trees
-from memmeta.hypergradient._seam import (
-    Chunk,
-    Estimator,
-    Hypergradient,
-    Memory,
-    Report,
-    over_tasks,
-    refuse_memory,
-)
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
-from memmeta.inner import InnerLoop, widened
+from memmeta.inner import InnerLoop, InnerState, widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 
@@ -150,7 +142,7 @@ def per_task(
             found = rule(all_tasks.problem, inner, begin)
             return found if memory is not None else found._replace(memory=None)
 
-        found = over_tasks(one_task, all_tasks.contexts, chunk.keys, chunk.memory)
+        found = over_tasks(one_task, all_tasks.contexts, task_keys(chunk), chunk.memory)
         context_bar = _or_zeros(found.context, all_tasks.contexts.active)
         start_bar = _or_zeros(found.start, jax.vmap(lambda _: all_tasks.start)(chunk.weights))
         finite = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar))
@@ -189,3 +181,48 @@ def weighted(tree: PyTree, weights: Float[Array, " tasks"], usable: Array) -> Py
 
 def _or_zeros(cotangent: PyTree | None, like: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, like) if cotangent is None else cotangent
+
+
+def task_keys(chunk: Chunk) -> Key[Array, " tasks"]:
+    """A key for each task, the same in whatever chunk and on whatever device it is."""
+    return jax.vmap(lambda number: jax.random.fold_in(chunk.key, number))(chunk.numbers)
+
+
+def refuse_memory(chunk: Chunk, name: str) -> None:
+    """Raise where an estimator that keeps nothing of a task is given what was kept.
+
+    Raises:
+        ValueError: naming the estimator.
+    """
+    if chunk.memory is not None:
+        raise ValueError(
+            f"{name}: found a memory of its tasks (memmeta.meta.WarmStart), expected None: this "
+            "estimator starts every task from φ₀. Use implicit()."
+        )
+
+
+def report_of_loop(state: InnerState) -> Report:
+    """The figures that every estimator has, from the inner loop's last state."""
+    norm, first = state.gradient_norm, state.first_gradient_norm
+    reduction = jnp.where(first > 0, norm / jnp.where(first > 0, first, 1), 0)
+    reduction = jnp.where(state.steps > 0, reduction, jnp.inf)
+    return Report(norm, reduction, state.steps.astype(norm.dtype))
+
+
+def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:
+    """`jax.vmap(function)(*arguments)`; of one task without `vmap`.
+
+    An axis of one task would have XLA copy arrays between layouts that are the same in memory, and
+    make both branches of every condition.
+
+    Args:
+        function: of one task.
+        arguments: pytrees whose leaves have a leading axis of tasks.
+
+    Returns:
+        What the function returns, each leaf with a leading axis of tasks.
+    """
+    if jax.tree.leaves(arguments)[0].shape[0] > 1:
+        return jax.vmap(function)(*arguments)
+    one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), arguments)
+    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), function(*one))

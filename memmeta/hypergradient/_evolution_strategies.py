@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 from memmeta import _checks, trees
 from memmeta.hypergradient._differences import shifted
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
-from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, refuse_memory
+from memmeta.hypergradient._estimator import refuse_memory
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop
 from memmeta.problem import MetaParams, Problem
@@ -52,7 +53,7 @@ def evolution_strategies(
             problem, inner, meta_params, chunk, "evolution_strategies", loop_seen
         )
         floats, _ = trees.split_inexact(meta_params)
-        losses = task_losses(problem, inner, meta_params, chunk)
+        losses = task_losses(problem, inner, meta_params, chunk, differentiated=False)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             plus, minus = (shifted(floats, direction, sign * scale) for sign in (1, -1))

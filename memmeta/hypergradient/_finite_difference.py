@@ -10,14 +10,16 @@ from jaxtyping import Array, Float
 from memmeta import _checks, trees
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._directions import along_directions, reported
-from memmeta.hypergradient._estimator import Embedded, TaskGradient, embedded, weighted
-from memmeta.hypergradient._seam import (
-    Chunk,
-    Estimator,
-    Hypergradient,
+from memmeta.hypergradient._estimator import (
+    Embedded,
+    TaskGradient,
+    embedded,
     over_tasks,
     refuse_memory,
+    task_keys,
+    weighted,
 )
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, widened
 from memmeta.problem import Context, MetaParams, Params, Problem, Scalar, SplitContext
@@ -66,14 +68,14 @@ def finite_difference(
         all_tasks = embedded(problem, meta_params, chunk.tasks)
         length = step_length(scale, floats)
         direct = partial(_direct_part, inner, all_tasks, estimate_error)
-        found = over_tasks(direct, all_tasks.contexts, chunk.keys)
+        found = over_tasks(direct, all_tasks.contexts, task_keys(chunk))
 
         def solutions(floats: MetaParams) -> Params:
             theta = trees.merge(floats, others)
             wide_problem, start, _ = widened(problem, problem.init(theta))
             contexts = over_tasks(partial(problem.embed, theta), chunk.tasks)
             run = lambda context, key: inner.run(wide_problem, start, context, key).params  # noqa: E731
-            return over_tasks(run, contexts, chunk.keys)
+            return over_tasks(run, contexts, task_keys(chunk))
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             plus, minus = (solutions(shifted(floats, direction, sign * length)) for sign in (1, -1))

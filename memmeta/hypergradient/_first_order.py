@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from memmeta.certificate._estimate import gain_along, given_curvature, second_look
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task
-from memmeta.hypergradient._seam import Estimator, report_of_loop
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
+from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import ends_seen, start_seen
 from memmeta.hypergradient._unrolled import has_known_curvature
 from memmeta.inner import InnerLoop

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks, trees
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
-from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, refuse_memory
+from memmeta.hypergradient._estimator import refuse_memory
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop
 from memmeta.problem import MetaParams, Problem
@@ -53,7 +54,7 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
         refuse_memory(chunk, "forward_mode")
         refuse_structural_zeros(problem, inner, meta_params, chunk, "forward_mode", loop_seen)
         floats, _ = trees.split_inexact(meta_params)
-        losses = task_losses(problem, inner, meta_params, chunk)
+        losses = task_losses(problem, inner, meta_params, chunk, differentiated=True)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             return jax.jvp(losses, (floats,), (direction,))[1]

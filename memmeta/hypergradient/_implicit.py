@@ -8,11 +8,11 @@ from jaxtyping import Array
 
 from memmeta import trees
 from memmeta.certificate import Measured
-from memmeta.certificate._bound import certifiable, certify_measured
+from memmeta.certificate._bound import certify_measured
 from memmeta.certificate._estimate import Residuals, given_curvature, residuals, second_look
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._on_demand import until
-from memmeta.hypergradient._seam import Estimator, Memory, report_of_loop
+from memmeta.hypergradient._seam import Estimator, Memory
 from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
 from memmeta.linear_solve import LinearSolution, LinearSolver, cg
@@ -79,7 +79,7 @@ def implicit(
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
         )
-        if certifiable(problem):
+        if problem.certifiable:
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
             bound = certify_measured(problem, params, measured, context)
             report = report._replace(error_bound=bound.total)

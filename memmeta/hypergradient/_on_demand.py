@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from memmeta import trees
 from memmeta.certificate import Measured, estimate
-from memmeta.certificate._bound import certifiable, certify_measured
+from memmeta.certificate._bound import certify_measured
 from memmeta.hypergradient._estimator import TaskStart
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.linear_solve import LinearSolver
@@ -62,7 +62,7 @@ def until(
         outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
         where = {"problem": problem, "params": params, "context": context}
         found = solver(product, outer, **where, start=guess)
-        if not certifiable(problem):
+        if not problem.certifiable:
             return found.value, estimate(problem, params, found.value, context).total
         residual = found.residual * trees.norm(outer)
         measured = Measured(trees.norm(gradient), residual, found.value)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks, trees
 from memmeta.certificate._estimate import error_of_claimed
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task
-from memmeta.hypergradient._seam import Estimator, report_of_loop
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
+from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import loop_seen, losses_seen
 from memmeta.hypergradient._unrolled import has_known_curvature
 from memmeta.inner import InnerLoop, InnerState
@@ -193,9 +193,10 @@ def _run(reduced: Problem, inner: InnerLoop, support: Support, key: Array) -> In
         return inner.run(reduced, _first(support), support, key)
     before = replace(inner, steps=inner.steps - 1).run(reduced, _first(support), support, key)
     slope = jax.grad(reduced.inner_loss)(before.params, support)
-    length = jnp.sqrt(jnp.maximum(_square(slope, support), 0))
+    first_slope = jax.grad(reduced.inner_loss)(_first(support), support)
+    lengths = [jnp.sqrt(jnp.maximum(_square(r, support), 0)) for r in (slope, first_slope)]
     after = replace(inner, tolerance=None).advance(reduced, before, support, key, 1)
-    return after._replace(gradient_norm=length)
+    return after._replace(gradient_norm=lengths[0], first_gradient_norm=lengths[1])
 
 
 def _through_steps(

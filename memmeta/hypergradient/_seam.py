@@ -1,14 +1,14 @@
 """The seam every hypergradient estimator fits: what it is given, and what it gives back."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree
 
 from memmeta import trees
-from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Params, Problem
 
 
@@ -20,6 +20,8 @@ class Report(NamedTuple):
     Attributes:
         inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
             converged; infinite where no step was made.
+        inner_reduction: that norm over the one before the first inner step: what share of the slope
+            is left; infinite where no step was made.
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
         linear_iterations: Hessian-vector products that went into v̂.
@@ -39,6 +41,7 @@ class Report(NamedTuple):
     """
 
     inner_gradient_norm: Float[Array, "*tasks"]
+    inner_reduction: Float[Array, "*tasks"]
     inner_steps: Float[Array, "*tasks"]
     linear_residual: Float[Array, "*tasks"] | None = None
     linear_iterations: Float[Array, "*tasks"] | None = None
@@ -46,12 +49,6 @@ class Report(NamedTuple):
     error_estimate: Float[Array, "*tasks"] | None = None
     error_bound: Float[Array, "*tasks"] | None = None
     standard_error: Float[Array, "*tasks"] | None = None
-
-
-def report_of_loop(state: InnerState) -> Report:
-    """The figures that every estimator has, from the inner loop's last state."""
-    length = jax.lax.stop_gradient(state.gradient_norm)
-    return Report(length, state.steps.astype(length.dtype))
 
 
 class Memory(NamedTuple):
@@ -107,11 +104,6 @@ class Chunk(NamedTuple):
         weights = jnp.ones(count, jnp.float32) if weights is None else weights
         key = jax.random.key(0) if key is None else key
         return cls(tasks, weights, jnp.arange(count, dtype=jnp.int32), key, jnp.int32(0))
-
-    @property
-    def keys(self) -> Key[Array, " tasks"]:
-        """A key for each task, the same in whatever chunk and on whatever device it is."""
-        return jax.vmap(lambda number: jax.random.fold_in(self.key, number))(self.numbers)
 
 
 class Hypergradient(NamedTuple):
@@ -178,35 +170,3 @@ def scheduled(at: Callable[[Int32[Array, ""]], Estimator]) -> Estimator:
         return at(chunk.step)(problem, inner, meta_params, chunk)
 
     return estimator
-
-
-def refuse_memory(chunk: Chunk, name: str) -> None:
-    """Raise where an estimator that keeps nothing of a task is given what was kept.
-
-    Raises:
-        ValueError: naming the estimator.
-    """
-    if chunk.memory is not None:
-        raise ValueError(
-            f"{name}: found a memory of its tasks (memmeta.meta.WarmStart), expected None: this "
-            "estimator starts every task from φ₀. Use implicit()."
-        )
-
-
-def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:
-    """`jax.vmap(function)(*arguments)`; of one task without `vmap`.
-
-    An axis of one task would have XLA copy arrays between layouts that are the same in memory, and
-    make both branches of every condition.
-
-    Args:
-        function: of one task.
-        arguments: pytrees whose leaves have a leading axis of tasks.
-
-    Returns:
-        What the function returns, each leaf with a leading axis of tasks.
-    """
-    if jax.tree.leaves(arguments)[0].shape[0] > 1:
-        return jax.vmap(function)(*arguments)
-    one = jax.tree.map(lambda leaf: jnp.squeeze(leaf, 0), arguments)
-    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, 0), function(*one))

@@ -10,9 +10,16 @@ from jaxtyping import Array, Key
 
 from memmeta import _checks
 from memmeta.certificate._estimate import error_of_claimed, tilted
-from memmeta.hypergradient._estimator import TaskGradient, TaskRule, TaskStart, per_task
-from memmeta.hypergradient._seam import Estimator, report_of_loop
+from memmeta.hypergradient._estimator import (
+    TaskGradient,
+    TaskRule,
+    TaskStart,
+    per_task,
+    report_of_loop,
+)
+from memmeta.hypergradient._seam import Estimator
 from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner._solver import require_derivative_at_zero
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
 Remat: TypeAlias = Literal["none", "step", "sqrt", "recursive"]
@@ -88,6 +95,7 @@ def through(
     """
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
+        require_derivative_at_zero(inner.steps_of, begin.params)
         judging = estimate_error and has_known_curvature(problem, inner)
         tilt = jax.tree.map(jnp.zeros_like, begin.params) if judging else None
 

@@ -24,12 +24,14 @@ class InnerState(NamedTuple):
         params: φ.
         solver: the solver's own state.
         gradient_norm: ‖∇_φ g‖ where the last step was made from; infinite before the first.
+        first_gradient_norm: the same where the first step was made from.
         steps: steps made so far.
     """
 
     params: Params
     solver: Any
     gradient_norm: Scalar
+    first_gradient_norm: Scalar
     steps: Int32[Array, ""]
 
 
@@ -148,9 +150,10 @@ class InnerLoop:
 
     def start(self, problem: Problem, params: Params, context: Context) -> InnerState:
         """The state before the first step, with arguments as for a call."""
-        solver = self._solver.init(problem, params, context)
+        solver = self.steps_of.init(problem, params, context)
         dtype = jax.eval_shape(trees.norm, params).dtype
-        return InnerState(params, solver, jnp.asarray(jnp.inf, dtype), jnp.int32(0))
+        unknown = jnp.asarray(jnp.inf, dtype)
+        return InnerState(params, solver, unknown, unknown, jnp.int32(0))
 
     def advance(
         self,
@@ -180,10 +183,11 @@ class InnerLoop:
         """
         if self.tolerance is not None:
             raise ValueError(
-                f"tolerance: expected None where steps are differentiated in reverse, found "
-                f"{self.tolerance}: a loop of unknown length stores no known number of iterates. "
-                "Leave it out, or use an estimator that does not store them, such as implicit() "
-                "or forward_mode()."
+                "tolerance: expected None where steps are differentiated in reverse, or made in the "
+                f"rounds of implicit(tolerance=...), found InnerLoop(tolerance={self.tolerance}). "
+                "Leave it out, or use an "
+                "estimator that runs the loop by itself, such as implicit() without a tolerance of "
+                "its own, or forward_mode()."
             )
         step = step_transform(lambda state, context: self._step(problem, state, context, key))
         state, _ = jax.lax.scan(lambda s, _: (step(s, context), None), state, length=steps)
@@ -192,13 +196,15 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
-        params, solver, length = self._solver.update(
+        params, solver, length = self.steps_of.update(
             problem, state.params, state.solver, context, state.steps, key
         )
-        # The derivative of a norm at zero is NaN, and this norm is reported only.
-        return InnerState(params, solver, jax.lax.stop_gradient(length), state.steps + 1)
+        length = jax.lax.stop_gradient(length)  # it is reported, not differentiated
+        first = jnp.where(state.steps == 0, length, state.first_gradient_norm)
+        return InnerState(params, solver, length, first, state.steps + 1)
 
     @property
-    def _solver(self) -> InnerSolver:
+    def steps_of(self) -> InnerSolver:
+        """The solver, never a bare optax optimiser."""
         assert isinstance(self.solver, InnerSolver)
         return self.solver

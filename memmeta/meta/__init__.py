@@ -1,9 +1,9 @@
 """The outer iteration: meta-steps, what they report and remember, evaluation, rates, devices."""
 
 from memmeta.meta._evaluation import Evaluation, Interval, confidence_interval, evaluate
-from memmeta.meta._guard import Guard, guard
+from memmeta.meta._explain import explain
 from memmeta.meta._mesh import TASKS, task_mesh
-from memmeta.meta._metrics import Counts, Metrics, TaskMetrics
+from memmeta.meta._metrics import Counts, Guard, Metrics, TaskMetrics, guard
 from memmeta.meta._rates import Proposal, propose
 from memmeta.meta._step import MetaState, MetaStep, TaskChunk, make_meta_step
 from memmeta.meta._warm_start import WarmStart, WarmState
@@ -24,6 +24,7 @@ __all__ = [
     "WarmState",
     "confidence_interval",
     "evaluate",
+    "explain",
     "guard",
     "make_meta_step",
     "propose",

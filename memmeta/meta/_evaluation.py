@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from memmeta import trees
 from memmeta.inner import InnerLoop
@@ -18,10 +18,12 @@ class Evaluation(NamedTuple):
     Attributes:
         loss: [tasks] f_i(φ_K).
         aux: the outer loss's auxiliary outputs, each [tasks, ...].
+        usable: [tasks] whether the loss is finite; leave the others out of averages, and say so.
     """
 
     loss: Float[Array, " tasks"]
     aux: PyTree
+    usable: Bool[Array, " tasks"]
 
 
 def evaluate(
@@ -58,6 +60,8 @@ def evaluate(
     """
 
     count = trees.leading_size(tasks, "tasks")
+    if problem.structure.check is not None:
+        problem.structure.check(tasks)
     key = jax.random.key(0) if key is None else key
 
     def one_task(numbered: tuple[Array, Batch]) -> Evaluation:
@@ -65,7 +69,8 @@ def evaluate(
         context = problem.embed(meta_params, task)
         start, own_key = problem.init(meta_params), jax.random.fold_in(key, number)
         params = inner(problem, start, context, own_key)
-        return Evaluation(*problem.outer_loss(params, context))
+        loss, aux = problem.outer_loss(params, context)
+        return Evaluation(loss, aux, jnp.isfinite(loss))
 
     return jax.lax.map(one_task, (jnp.arange(count), tasks), batch_size=task_chunk or count)
 

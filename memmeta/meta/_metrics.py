@@ -1,4 +1,4 @@
-"""What a meta-step reports: per task, averaged, and how often something was wrong."""
+"""What a meta-step reports, and the guard that reads it before an update is kept."""
 
 from typing import Any, NamedTuple
 
@@ -6,20 +6,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from memmeta import trees
+from memmeta import _checks, trees
 from memmeta.hypergradient import Report
 from memmeta.problem import MetaParams, Scalar
 
-STEEP = 1e4
-"""An inner loop that ends where ‖∇_φ g‖ is larger than this has diverged."""
+GREW = 10.0
+"""An inner loop whose ‖∇_φ g‖ has grown by this factor or more diverges."""
+LEFT = 0.1
+"""An inner loop that keeps more than this share of ‖∇_φ g‖, or a linear solve that keeps more than
+this share of its right-hand side, is too short for an implicit rule."""
 
 
 class Counts(NamedTuple):
     """Trouble met in a meta-step, as numbers of tasks; `refused` as a number of meta-steps.
 
     Attributes:
-        masked: left out of every average, because something about them was not finite.
-        diverging: inner loops of a step or more that ended on a slope steeper than `STEEP`.
+        masked: left out of every average, because something about them was not finite: the sum of
+            the next four, each task being counted at the first of them that holds.
+        inputs: of these, tasks whose own data are not finite.
+        inner_loop: of these, tasks whose inner loop left the finite numbers.
+        outer_loss: of these, tasks whose outer loss is not finite (as it is where a task has no
+            example to adapt on or to be judged on, or a label that no output stands for).
+        hypergradient: of these, tasks of which only the hypergradient is not finite.
+        diverging: inner loops of a step or more whose slope ‖∇_φ g‖ grew by `GREW` or more.
+        unconverged: tasks of an implicit rule whose inner loop left more than `LEFT` of its first
+            slope: the rule holds at a stationary point of the inner loss only.
+        unsolved: tasks of an implicit rule whose linear solve left more than `LEFT` of its system.
         indefinite: tasks whose inner Hessian has a direction without positive curvature, so that φ̂
             is no strict minimum and the implicit function theorem does not hold.
         refused: updates that the guard refused: the meta-gradient was far longer than this run's
@@ -27,7 +39,13 @@ class Counts(NamedTuple):
     """
 
     masked: Int32[Array, ""]
+    inputs: Int32[Array, ""]
+    inner_loop: Int32[Array, ""]
+    outer_loss: Int32[Array, ""]
+    hypergradient: Int32[Array, ""]
     diverging: Int32[Array, ""]
+    unconverged: Int32[Array, ""]
+    unsolved: Int32[Array, ""]
     indefinite: Int32[Array, ""]
     refused: Int32[Array, ""]
 
@@ -40,22 +58,27 @@ class TaskMetrics(NamedTuple):
         aux: auxiliary outputs of the outer loss.
         report: see `memmeta.hypergradient.Report`.
         usable: whether the task was finite and took part in the averages.
+        finite_inputs: whether the task's own data are finite.
     """
 
     loss: Float[Array, " tasks"]
     aux: PyTree
     report: Report
     usable: Bool[Array, " tasks"]
+    finite_inputs: Bool[Array, " tasks"]
 
 
 class Metrics(NamedTuple):
     """What a meta-step reports. Averages are over the usable tasks.
+
+    Where no task is usable, averages are not-a-number and error figures infinite.
 
     Attributes:
         loss: mean query loss.
         aux: mean auxiliary outputs.
         report: mean report; `smallest_curvature` is the minimum.
         gradient_norm: ‖(1/n) Σ_i ∇F_i‖.
+        used: tasks that took part.
         counts: see `Counts`.
         tasks: the same figures task by task (None once they have been averaged away).
     """
@@ -64,6 +87,7 @@ class Metrics(NamedTuple):
     aux: PyTree
     report: Report
     gradient_norm: Scalar
+    used: Int32[Array, ""]
     counts: Counts
     tasks: TaskMetrics | None
 
@@ -88,7 +112,7 @@ class Sums(NamedTuple):
     aux: PyTree
     report: Report
     smallest: Float[Array, " devices"] | None
-    counts: tuple[Scalar, Scalar, Scalar]
+    counts: list[Scalar]
 
 
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
@@ -115,10 +139,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
         return jnp.sum(condition).astype(_wide(tasks.loss))
 
     curvature, smallest = tasks.report.smallest_curvature, None
-    steep = (tasks.report.inner_steps > 0) & ~(tasks.report.inner_gradient_norm <= STEEP)
-    flat = jnp.zeros_like(tasks.usable)
     if curvature is not None:
-        flat = tasks.usable & (curvature <= 0)
         own = jnp.arange(devices, dtype=device.dtype) == device
         smallest = jnp.where(own, jnp.min(shown(curvature, jnp.inf)), 0)
     return Sums(
@@ -128,12 +149,31 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
         aux=jax.tree.map(total, tasks.aux),
         report=jax.tree.map(total, tasks.report),
         smallest=smallest,
-        counts=(
-            number(~tasks.usable),
-            number(tasks.usable & steep),
-            number(flat),
-        ),
+        counts=[number(found) for found in _trouble(tasks)],
     )
+
+
+def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
+    """Which tasks each of the `Counts` counts, in their order, without `refused`."""
+    report, usable = tasks.report, tasks.usable
+    stepped = report.inner_steps > 0
+    found, causes = ~usable, []
+    finite = (tasks.finite_inputs, ~stepped | jnp.isfinite(report.inner_gradient_norm))
+    for sound in (*finite, jnp.isfinite(tasks.loss)):
+        causes.append(found & ~sound)
+        found &= sound
+    implicit = usable if report.linear_residual is not None else jnp.zeros_like(usable)
+    residual = 0 if report.linear_residual is None else report.linear_residual
+    curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
+    return [
+        ~usable,
+        *causes,
+        found,
+        usable & stepped & ~(report.inner_reduction < GREW),
+        implicit & ~(report.inner_reduction <= LEFT),
+        implicit & ~(jnp.asarray(residual) <= LEFT),
+        usable & (jnp.asarray(curvature) <= 0),
+    ]
 
 
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
@@ -147,18 +187,25 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     Returns:
         The metrics; `counts.refused` is still zero.
     """
-    used = jnp.maximum(summed.used, 1)
     loss, aux, report = jax.tree.map(
-        lambda leaf: leaf / used.astype(leaf.dtype), (summed.loss, summed.aux, summed.report)
+        lambda leaf: leaf / summed.used.astype(leaf.dtype),  # 0/0 where no task is usable
+        (summed.loss, summed.aux, summed.report),
     )
-    counts = [number.astype(jnp.int32) for number in summed.counts]
+    nothing = summed.used == 0
+    errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
+    report = report._replace(
+        **jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors)
+    )
     if summed.smallest is not None:
-        report = report._replace(smallest_curvature=jnp.min(summed.smallest))
+        smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))
+        report = report._replace(smallest_curvature=smallest)
+    counts = [number.astype(jnp.int32) for number in summed.counts]
     return Metrics(
         loss=loss,
         aux=aux,
         report=report,
-        gradient_norm=trees.norm(gradient),
+        gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
+        used=summed.used.astype(jnp.int32),
         counts=Counts(*counts, refused=jnp.int32(0)),
         tasks=tasks,
     )
@@ -166,3 +213,63 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
 
 def _wide(leaf: Array) -> Any:
     return trees.accumulator(leaf.dtype) if trees.is_inexact(leaf) else jnp.float32
+
+
+class Guard(NamedTuple):
+    """Refuses updates: θ and the optimiser's state then stay as they are, and the step is counted.
+
+    Make one by `guard`. `make_meta_step(..., guard=None)` follows every update whatever it is.
+
+    Attributes:
+        factor: a meta-gradient this many times longer than usual is not followed.
+    """
+
+    factor: float
+
+    def init(self, like: Float[Array, ""]) -> Float[Array, ""]:
+        """The state before the first step: no gradient has been seen, and none is usual."""
+        return jnp.zeros_like(like)
+
+    def accepts(
+        self, usual: Float[Array, ""], gradient_norm: Float[Array, ""], proposed: PyTree
+    ) -> tuple[Bool[Array, ""], Float[Array, ""]]:
+        """Look at one update.
+
+        Args:
+            usual: the state: the geometric running mean of the meta-gradient's norm.
+            gradient_norm: of this step; not a number where no task was usable.
+            proposed: the next θ and optimiser's state.
+
+        Returns:
+            Whether to keep them, and the next state. Refused gradients of finite length count in
+            the mean too: should they stay long, they are the usual ones after a few steps.
+        """
+        known = usual > 0
+        near = gradient_norm <= jnp.where(known, self.factor * usual, jnp.inf)
+        drawn = usual * (gradient_norm / jnp.where(known, usual, 1)) ** 0.1
+        followed = jnp.where(known, drawn, gradient_norm)
+        counts = (gradient_norm > 0) & jnp.isfinite(followed)
+        return near & trees.all_finite(proposed), jnp.where(counts, followed, usual)
+
+
+def guard(factor: float = 1000.0) -> Guard:
+    """A guard against updates that are not finite, or follow a gradient of unusual length.
+
+    Args:
+        factor: more than this many times the running mean of ‖∇F‖ is unusual.
+
+    Returns:
+        The guard, for `make_meta_step`.
+
+    Raises:
+        ValueError: `factor` is no finite number above 1.
+
+    Example:
+        >>> keep_all_but_nonsense = guard(factor=1e6)
+    """
+    _checks.positive("factor", factor)
+    _checks.require("factor", factor, factor > 1, "a number above 1")
+    return Guard(float(factor))
+
+
+DEFAULT_GUARD = guard()

@@ -7,18 +7,24 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, trees
+from memmeta import _checks, hypergradient, trees
 from memmeta.hypergradient import Chunk, Estimator, Memory
 from memmeta.inner import InnerLoop
-from memmeta.meta._guard import DEFAULT_GUARD, Guard
+from memmeta.inner._solver import about, as_transformation
+from memmeta.meta._explain import explain, in_trouble
+from memmeta.meta._first_look import first_look, require_arrays
 from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, spread
-from memmeta.meta._metrics import Metrics, Sums, TaskMetrics, averages, sums
+from memmeta.meta._metrics import DEFAULT_GUARD, Guard, Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
+
+DRAWS = 2**31 - 1
+"""What keeps the draws of meta-steps apart from those that a caller makes with the same key."""
 
 TaskChunk: TypeAlias = int | Literal["auto"] | None
 """Tasks worked on at once on each device; None: all; "auto": what the platform is fastest at."""
@@ -39,7 +45,8 @@ class MetaState(NamedTuple):
         step: meta-steps done.
         meta_params: θ.
         optimizer: state of the outer optimiser.
-        key: PRNG key of the run; every random draw of step t comes from fold_in(key, t).
+        key: PRNG key of the run; what step t draws comes from fold_in(fold_in(key, DRAWS), t), so
+            that fold_in(key, 0), fold_in(key, 1), … are free for the caller.
         guard: state of the guard; None without one.
     """
 
@@ -62,6 +69,7 @@ class MetaStep:
         task_chunk: tasks worked on at once on each device, see `TaskChunk`.
         mesh: the devices tasks are spread over, along its axis "tasks"; None means one device.
         guard: what refuses updates; None follows all of them.
+        strict: whether a call raises where `memmeta.meta.explain` has trouble to tell.
 
     Raises:
         ValueError: one of them is not what it should be.
@@ -70,23 +78,27 @@ class MetaStep:
     problem: Problem
     inner: InnerLoop
     estimator: Estimator
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     task_chunk: TaskChunk = "auto"
     mesh: Mesh | None = None
     guard: Guard | None = DEFAULT_GUARD
+    strict: bool = False
 
     def __post_init__(self) -> None:
         kinds = {
             "problem": (Problem, "a memmeta.Problem"),
             "inner": (InnerLoop, "a memmeta.InnerLoop"),
-            "optimizer": (optax.GradientTransformation, "an optax gradient transformation"),
             "guard": (Guard | None, "a guard of memmeta.meta.guard, or None"),
         }
         for name, (kind, expected) in kinds.items():
             found = getattr(self, name)
             _checks.require(name, found, isinstance(found, kind), expected)
-        expected = "one of memmeta.hypergradient"
-        _checks.require("estimator", self.estimator, callable(self.estimator), expected)
+        name = getattr(self.estimator, "__name__", "")
+        is_factory = getattr(hypergradient, name or " ", None) is self.estimator
+        expected = f"an estimator, which {name}() makes" if is_factory else "an estimator"
+        fits = callable(self.estimator) and not is_factory
+        remedy = "Call one of memmeta.hypergradient, for instance implicit()."
+        _checks.require("estimator", self.estimator, fits, expected, remedy)
         if self.task_chunk not in (None, "auto"):
             _checks.count("task_chunk", self.task_chunk)
         object.__setattr__(self, "mesh", mesh_of_tasks(self.mesh))
@@ -105,6 +117,7 @@ class MetaStep:
         Raises:
             ValueError: θ has no leaf that can be differentiated, or `key` is no single key.
         """
+        require_arrays("meta_params", meta_params)
         floats, _ = trees.split_inexact(meta_params)
         if not jax.tree.leaves(floats):
             raise ValueError(
@@ -114,14 +127,15 @@ class MetaStep:
         single = jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) and key.shape == ()
         _checks.require("key", key, single, "one jax.random.key(...)")
         copied = place(self.mesh, jax.tree.map(jnp.array, meta_params))
-        optimizer = self.optimizer.init(trees.split_inexact(copied)[0])
+        # Copied too: some optimisers keep one array twice, and both would be donated.
+        optimizer = jax.tree.map(jnp.array, self.optimizer.init(trees.split_inexact(copied)[0]))
         guard = self.guard and self.guard.init(
             jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
         )
         return place(self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard))
 
     def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
-        """One compiled meta-step; `state` is donated.
+        """One compiled meta-step; `state` is donated, unless the step is `strict`.
 
         Args:
             state: from `init` or the previous call.
@@ -132,16 +146,33 @@ class MetaStep:
             The next state, and the metrics of this step.
 
         Raises:
-            ValueError: the tasks have no common leading axis, or the devices or `task_chunk` do not
-                divide it.
+            ValueError: the tasks have no common leading axis, the devices or `task_chunk` do not
+                divide it, or one of the problem's functions does not return what it should.
+            FloatingPointError: the step is `strict` and something went wrong; see `explain`.
         """
         self.chunk(tasks)
-        return self.compiled(state, place(self.mesh, tasks, P(TASKS)))
+        self._look(state, tasks)
+        following, metrics = self.compiled(state, place(self.mesh, tasks, P(TASKS)))
+        if self.strict and in_trouble(metrics):
+            raise FloatingPointError(explain(metrics))
+        return following, metrics
+
+    def _look(self, state: MetaState, tasks: Batch) -> None:
+        """`first_look` at a batch of shapes that this object has not met before."""
+        leaves, structure = jax.tree.flatten(tasks)
+        met = structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if met not in self._met:
+            first_look(self.problem, state.meta_params, tasks)
+            self._met.add(met)
+
+    @cached_property
+    def _met(self) -> set[Any]:
+        return set()
 
     @cached_property
     def compiled(self) -> Callable[[MetaState, Batch], tuple[MetaState, Metrics]]:
         """`update` under `jax.jit` with the state donated; `.lower(...)` shows what it costs."""
-        return jax.jit(self.update, donate_argnums=0)
+        return jax.jit(self.update, donate_argnums=() if self.strict else 0)
 
     def update(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """`__call__` as a pure function that is not yet compiled."""
@@ -154,10 +185,11 @@ class MetaStep:
         """`update` of tasks of which the estimator remembers something, see `WarmStart`."""
         gradient, metrics, memory = self.gradient_remembering(state, tasks, memory)
         floats, others = trees.split_inexact(state.meta_params)
+        known = about(metrics.loss, gradient, self._objective(state, tasks))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
-            updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats)
+            updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats, **known)
             proposed = (optax.apply_updates(floats, updates), optimizer)
-        keep, guard = metrics.counts.masked < trees.leading_size(tasks, "tasks"), state.guard
+        keep, guard = metrics.used > 0, state.guard
         if self.guard is not None and guard is not None:
             accepted, guard = self.guard.accepts(guard, metrics.gradient_norm, proposed)
             counts = metrics.counts._replace(refused=(keep & ~accepted).astype(jnp.int32))
@@ -166,6 +198,25 @@ class MetaStep:
         theta = trees.merge(floats, others)
         following = MetaState(state.step + 1, theta, optimizer, state.key, guard)
         return following, metrics, memory
+
+    def _objective(self, state: MetaState, tasks: Batch) -> Callable[[MetaParams], Scalar]:
+        """The mean outer loss as a function of θ, for line searches; its gradient is estimated."""
+        _, others = trees.split_inexact(state.meta_params)
+
+        def both(floats: MetaParams) -> tuple[Scalar, MetaParams]:
+            there = state._replace(meta_params=trees.merge(floats, others))
+            gradient, metrics = self.gradient(there, tasks)
+            return metrics.loss, gradient
+
+        @jax.custom_vjp
+        def objective(floats: MetaParams) -> Scalar:
+            return both(floats)[0]
+
+        def backward(gradient: MetaParams, scale: Scalar) -> tuple[MetaParams]:
+            return (jax.tree.map(lambda g: scale.astype(g.dtype) * g, gradient),)
+
+        objective.defvjp(both, backward)
+        return objective
 
     def gradient(self, state: MetaState, tasks: Batch) -> tuple[MetaParams, Metrics]:
         r"""The mean hypergradient of a batch, accumulated chunk by chunk.
@@ -187,7 +238,7 @@ class MetaStep:
     ) -> tuple[MetaParams, Metrics, Memory | None]:
         """`gradient` of tasks of which the estimator remembers something, see `WarmStart`."""
         sums_of: Callable[..., Any] = partial(self._sums, self.chunk(tasks))
-        draw = jax.random.fold_in(state.key, state.step)
+        draw = jax.random.fold_in(jax.random.fold_in(state.key, DRAWS), state.step)
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
         if self.mesh is not None:
             sums_of = spread(self.mesh, sums_of, split=3, out=(False, True, True))
@@ -230,7 +281,8 @@ class MetaStep:
                 lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
             )
             usable = found.usable & sound
-            return total, (TaskMetrics(found.loss, found.aux, found.report, usable), found.memory)
+            per_task = TaskMetrics(found.loss, found.aux, found.report, usable, finite)
+            return total, (per_task, found.memory)
 
         floats, _ = trees.split_inexact(meta_params)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
@@ -260,9 +312,13 @@ class MetaStep:
         """
         count = trees.leading_size(tasks, "tasks")
         shards = 1 if self.mesh is None else self.mesh.shape[TASKS]
-        _checks.require("tasks", count, count > 0, "at least one task")
-        expected = f"a multiple of the {shards} devices they are spread over"
-        _checks.require("tasks", count, count % shards == 0, expected)
+        if count == 0:
+            raise ValueError("tasks: expected at least one task, found 0.")
+        if count % shards:
+            raise ValueError(
+                f"tasks: expected a multiple of the {shards} devices they are spread over, found "
+                f"{count}."
+            )
         local = count // shards
         divisors = [size for size in range(1, local + 1) if local % size == 0]
         if self.task_chunk == "auto" and jax.default_backend() == "cpu":
@@ -299,6 +355,7 @@ def make_meta_step(
     task_chunk: TaskChunk = "auto",
     mesh: Mesh | None = None,
     guard: Guard | None = DEFAULT_GUARD,
+    strict: bool = False,
 ) -> MetaStep:
     r"""Make the function that does one outer iteration.
 
@@ -320,6 +377,9 @@ def make_meta_step(
             what communication the model needs. None means one device.
         guard: refuses updates that are not finite, or that follow a gradient of unusual length; see
             `memmeta.meta.guard`. None follows all updates.
+        strict: raise a FloatingPointError with the sentence of `memmeta.meta.explain` whenever a
+            task is left out, a loop or a solve is too short, or an update is refused. For finding
+            out what is wrong: each call waits for its metrics, and the state is not donated.
 
     Returns:
         A `MetaStep`: `init(meta_params) -> state`, `step(state, tasks) -> (state, metrics)`.
@@ -347,4 +407,5 @@ def make_meta_step(
         >>> state.meta_params.round(2).tolist()
         [2.0, 3.0]
     """
-    return MetaStep(problem, inner, estimator, optimizer, task_chunk, mesh, guard)
+    transformation = as_transformation("optimizer", optimizer)
+    return MetaStep(problem, inner, estimator, transformation, task_chunk, mesh, guard, strict)

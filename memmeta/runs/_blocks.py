@@ -71,7 +71,7 @@ def on_device(
 
         start = _nothing(jax.eval_shape(one_step, state, dataset)[1])
         state, total = jax.lax.fori_loop(0, count, body, (state, start))
-        return state, _means(total, count)
+        return state, _means(total)
 
     program = block.lower(state, dataset, jnp.int32(1)).compile()
     return Block(program, program)
@@ -110,7 +110,7 @@ def on_host(
         total = nothing()
         for batch in batches(state, dataset, int(count)):
             state, total = program(state, total, batch)
-        return state, means(total, count)
+        return state, means(total)
 
     return Block(block, program)
 
@@ -122,14 +122,27 @@ def _nothing(shapes: Metrics) -> Metrics:
 
 
 def _sum(total: Metrics, found: Metrics) -> Metrics:
-    """Two metrics' sum; of the smallest curvatures the smaller."""
-    return _with_smallest(jax.tree.map(jnp.add, total, found), jnp.minimum, total, found)
+    """Two metrics' sum, each average times the tasks it is over; the smaller smallest curvature."""
+    some = found.used > 0
+
+    def weigh(average: Array) -> Array:
+        return jnp.where(some, average * found.used.astype(average.dtype), 0)
+
+    weighed = jax.tree.map(lambda x: weigh(x) if is_inexact(x) else x, found)
+    smallest = lambda a, b: jnp.where(some, jnp.minimum(a, b), a)  # noqa: E731
+    return _with_smallest(jax.tree.map(jnp.add, total, weighed), smallest, total, found)
 
 
-def _means(total: Metrics, count: Int32[Array, ""]) -> Metrics:
-    """The means of `count` meta-steps; counts stay sums, the smallest curvature the smallest."""
-    means = jax.tree.map(lambda x: x / count.astype(x.dtype) if is_inexact(x) else x, total)
-    return _with_smallest(means, lambda curvature: curvature, total)
+def _means(total: Metrics) -> Metrics:
+    """The averages of several meta-steps over all tasks used; counts stay sums."""
+    nothing = total.used == 0
+    means = jax.tree.map(lambda x: x / total.used.astype(x.dtype) if is_inexact(x) else x, total)
+    unknown = lambda curvature: jnp.where(nothing, jnp.nan, curvature)  # noqa: E731
+    means = _with_smallest(means, unknown, total)
+    report = means.report
+    errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
+    errors = jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors)
+    return means._replace(report=report._replace(**errors))
 
 
 def _with_smallest(metrics: Metrics, combine: Callable[..., Array], *parts: Metrics) -> Metrics:

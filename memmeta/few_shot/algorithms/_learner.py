@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
@@ -10,7 +11,7 @@ from jaxtyping import Array, Key
 from memmeta.hypergradient import Estimator
 from memmeta.inner import InnerLoop
 from memmeta.meta._evaluation import Evaluation, evaluate
-from memmeta.meta._guard import DEFAULT_GUARD, Guard
+from memmeta.meta._metrics import DEFAULT_GUARD, Guard
 from memmeta.meta._step import MetaStep, TaskChunk, make_meta_step
 from memmeta.models import Network
 from memmeta.problem import Batch, MetaParams, Problem
@@ -39,10 +40,12 @@ class Learner:
         task_chunk: TaskChunk = "auto",
         mesh: Mesh | None = None,
         guard: Guard | None = DEFAULT_GUARD,
+        strict: bool = False,
     ) -> MetaStep:
         """`memmeta.make_meta_step` with this method's problem, inner loop and estimator."""
         parts = (self.problem, self.inner, self.estimator, optimizer)
-        return make_meta_step(*parts, task_chunk=task_chunk, mesh=mesh, guard=guard)
+        options: Any = {"task_chunk": task_chunk, "mesh": mesh, "guard": guard, "strict": strict}
+        return make_meta_step(*parts, **options)
 
     def evaluate(
         self,

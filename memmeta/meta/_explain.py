@@ -1,0 +1,79 @@
+"""A meta-step's metrics in one sentence, for a person."""
+
+from memmeta.meta._metrics import LEFT, Metrics
+
+CAUSES = {
+    "inputs": "data are not finite (look at the tasks)",
+    "inner_loop": "inner loop left the finite numbers (a smaller rate, or mm.inner.accelerated())",
+    "outer_loss": (
+        "outer loss is not finite (no support or no query example, a label that no output stands "
+        "for, or outputs that overflow)"
+    ),
+    "hypergradient": (
+        "hypergradient is not finite (a derivative at a kink such as sqrt(0), or an overflow: a "
+        "ridge, a proximal term, float32)"
+    ),
+}
+DOUBTS = {
+    "diverging": "inner loop(s) diverge: take a smaller rate, or mm.inner.accelerated()",
+    "unconverged": (
+        f"inner loop(s) end with more than {LEFT:.0%} of their first slope, where an implicit rule "
+        "needs a minimiser of inner_loss: more inner steps, or no constraint and no weight decay "
+        "inside the inner optimiser (unrolled() differentiates these)"
+    ),
+    "unsolved": (
+        f"linear solve(s) leave more than {LEFT:.0%} of the system: more solver steps, a ridge, or "
+        "damping"
+    ),
+    "indefinite": (
+        "inner Hessian(s) have a direction without positive curvature: a ridge or a proximal term, "
+        "or unrolled()"
+    ),
+}
+
+
+def explain(metrics: Metrics) -> str:
+    """Say in one sentence how a meta-step went, and what to change.
+
+    Args:
+        metrics: of one meta-step, or averaged over several; outside `jax.jit`.
+
+    Returns:
+        The sentence: which tasks were left out and why, whether inner loops and linear solves were
+        long enough, whether the update was refused; or that all went well.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, memmeta as mm
+        >>> problem = mm.Problem(
+        ...     embed=lambda theta, target: (theta, target),
+        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
+        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
+        ...     init=jnp.zeros_like,
+        ... )
+        >>> step = mm.make_meta_step(
+        ...     problem, mm.InnerLoop(), mm.hypergradient.implicit(), optax.sgd(0.1)
+        ... )
+        >>> _, metrics = step(step.init(jnp.zeros(2)), jnp.array([[1.0, 2.0], [3.0, jnp.nan]]))
+        >>> explain(metrics)
+        '1 of 2 tasks left out: 1 whose data are not finite (look at the tasks).'
+    """
+    used = int(metrics.used)
+    counts = {name: int(count) for name, count in metrics.counts._asdict().items()}
+    found, masked = [], counts["masked"]
+    if masked:
+        causes = [f"{counts[name]} whose {said}" for name, said in CAUSES.items() if counts[name]]
+        found.append(f"{masked} of {used + masked} tasks left out: {'; '.join(causes)}")
+    found += [f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts[name]]
+    if counts["refused"]:
+        found.append(
+            f"{counts['refused']} update(s) refused: the meta-gradient is far longer than usual, or "
+            "what was to be stored is not finite (a smaller outer rate, or another dtype)"
+        )
+    if not used:
+        found.append("no task was usable, so nothing was learned")
+    return ". ".join(found) + "." if found else f"All {used} tasks went well."
+
+
+def in_trouble(metrics: Metrics) -> bool:
+    """Whether `explain` has anything to say."""
+    return any(int(count) for count in metrics.counts) or not int(metrics.used)
