@@ -42,7 +42,7 @@ def make_problem(name, statistics):
     return network, network_problem(network, "all", 0.5, statistics)
 
 
-@pytest.mark.parametrize("statistics", ["transductive", "support"])
+@pytest.mark.parametrize("statistics", ["transductive", "support", "separate"])
 @pytest.mark.parametrize("name", ["head", "network"])
 def test_losses_gradients_and_accuracy(name, statistics):
     network, problem = make_problem(name, statistics)

@@ -5,7 +5,7 @@ are two others, made elsewhere and independent of it.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from memmeta.few_shot._losses import softmax_problem
 from memmeta.models import Network, linear_head
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
 
-Statistics: TypeAlias = Literal["transductive", "support"]
-"""Which images give the batch statistics of the query pass: "transductive" uses the query images
-(for cached features: support and query together, as the paper's authors do), "support" only the
-support images, so that each query image is judged alone."""
+Statistics: TypeAlias = Literal["transductive", "support", "separate"]
+"""Which images give the batch statistics. "support": the support images those of both passes, so
+that each query image is judged alone. "separate": support and query images each their own, in two
+passes, as in the code that the paper's authors released. "transductive": features computed once are
+of one pass of both together; where the body adapts, as "separate"."""
 
 Adapts: TypeAlias = Literal["head", "body", "all"] | Callable[[str], bool]
 """Who adapts: a part of the network, or a predicate on paths such as "body/Conv_0/kernel"."""
@@ -46,7 +47,7 @@ class NetworkContext(NamedTuple):
 def features_of(
     network: Network, body: Params, task: Task, statistics: Statistics
 ) -> tuple[Float[Array, "support features"], Float[Array, "query features"]]:
-    """The features of a task's support and query examples, in one pass through the body.
+    """The features of a task's support and query examples.
 
     Args:
         network: the network.
@@ -57,17 +58,43 @@ def features_of(
     Returns:
         Support features and query features.
     """
-    support = task.support_inputs.shape[0]
-    inputs = jnp.concatenate([task.support_inputs, task.query_inputs])
-    weights = jnp.concatenate([present(task.support_targets), present(task.query_targets)])
+    inputs = (task.support_inputs, task.query_inputs)
+    weights = (present(task.support_targets), present(task.query_targets))
+    if statistics == "separate":
+        return network.body(body, inputs[0], weights[0]), network.body(body, inputs[1], weights[1])
     if statistics == "support":
-        weights = weights.at[support:].set(0)
-    features = network.body(body, inputs, weights)
+        weights = (weights[0], jnp.zeros_like(weights[1]))
+    support = task.support_inputs.shape[0]
+    features = network.body(body, jnp.concatenate(inputs), jnp.concatenate(weights))
     return features[:support], features[support:]
 
 
+def check_statistics(statistics: Any) -> None:
+    """Refuse what is none of `Statistics`."""
+    _checks.one_of("statistics", statistics, get_args(Statistics))
+
+
+def fixed_start(network: Network, start: Params | None) -> Callable[[], Params]:
+    """The head that every task starts from: `start`, or zeros.
+
+    Raises:
+        ValueError: `start` has not the structure and shapes of the network's head.
+    """
+    head = jax.eval_shape(network.init, jax.random.key(0))["head"]
+    if start is None:
+        return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
+    expected, found = (jax.tree.map(jnp.shape, tree) for tree in (head, start))
+    remedy = 'Give a head such as network.init(key)["head"], or None for zeros.'
+    _checks.require("start", found, found == expected, f"a head of shapes {expected}", remedy)
+    return lambda: start
+
+
 def head_problem(
-    network: Network, ridge: float, learn_start: bool, statistics: Statistics = "transductive"
+    network: Network,
+    ridge: float,
+    learn_start: bool,
+    statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Problem:
     r"""The head adapts, on features computed once per task.
 
@@ -75,7 +102,7 @@ def head_problem(
       f = \tfrac1m \sum_j \ell(h_\phi(x'_j), y'_j)$$
 
     with x = body(θ, images). θ is {"body": ...}, and {"head": ...} too where its start is learned;
-    otherwise every head starts from zero.
+    otherwise every head starts from `start`.
 
     Args:
         network: body and head. A linear head gets its curvature bound in closed form.
@@ -83,26 +110,25 @@ def head_problem(
             head's Hessian is then singular and the guarantees are void.
         learn_start: whether the head's start is a meta-parameter (as in ANIL).
         statistics: see `Statistics`.
+        start: a head like `network.init(key)["head"]`, the same for all tasks and never trained;
+            None means zeros. Not read where the start is learned.
 
     Returns:
         The problem; its context is a `HeadContext`.
 
     Raises:
-        ValueError: `ridge` is negative.
+        ValueError: `ridge` is negative, `statistics` has another name, or `start` does not fit.
     """
     _checks.not_negative("ridge", ridge)
+    check_statistics(statistics)
+    fixed = fixed_start(network, start)
 
     def embed(theta: MetaParams, task: Task) -> HeadContext:
         support, query = features_of(network, theta["body"], task, statistics)
         return HeadContext(support, task.support_targets, query, task.query_targets)
 
     def init(theta: MetaParams) -> Params:
-        if learn_start:
-            return theta["head"]
-        return jax.tree.map(
-            lambda shape: jnp.zeros(shape.shape, shape.dtype),
-            jax.eval_shape(network.init, jax.random.key(0))["head"],
-        )
+        return theta["head"] if learn_start else fixed()
 
     if network.head is linear_head:
         return softmax_problem(embed, init, ridge)
@@ -135,34 +161,38 @@ def query_loss(
 
 
 def network_problem(
-    network: Network, adapts: Adapts, proximal: float, statistics: Statistics = "transductive"
+    network: Network,
+    adapts: Adapts,
+    proximal: float,
+    statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Problem:
     r"""Any part of the network adapts, through the network at each inner step.
 
     $$g = \tfrac1n \sum_j \ell(h_\phi(x_j), y_j) + \tfrac{\lambda}{2} \|\phi - \theta\|^2$$
 
-    The inner loop starts at θ; a head that θ does not have starts from zero.
+    The inner loop starts at θ; a head that θ does not have starts from `start`.
 
     Args:
         network: body and head.
         adapts: which parameters adapt, see `Adapts`.
         proximal: λ, how strongly φ is held to θ (0 for MAML, positive for iMAML).
         statistics: see `Statistics`. The inner loss always uses the support's own.
+        start: see `head_problem`; not read where θ has a head.
 
     Returns:
         The problem; its context is a `NetworkContext`.
 
     Raises:
-        ValueError: `proximal` is negative, or no parameter adapts.
+        ValueError: `proximal` is negative, no parameter adapts, `statistics` has another name, or
+            `start` does not fit.
     """
     _checks.not_negative("proximal", proximal)
-    mask = _mask(network, adapts)
-
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    check_statistics(statistics)
+    mask, fixed = _mask(network, adapts), fixed_start(network, start)
 
     def parts(theta: MetaParams) -> tuple[PyTree, PyTree]:
-        head = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes["head"])
-        return trees.split({"head": head, **theta}, mask)
+        return trees.split({"head": fixed(), **theta}, mask)
 
     def embed(theta: MetaParams, task: Task) -> NetworkContext:
         chosen, rest = parts(theta)

@@ -1,18 +1,32 @@
 """Conv4: the four-block network of most few-shot papers."""
 
+from dataclasses import replace
+from functools import partial
+from typing import Literal, TypeAlias, get_args
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from memmeta import _checks
 from memmeta.models._build import with_linear_head
 from memmeta.models._convolution import conv
 from memmeta.models._dtypes import as_float
 from memmeta.models._image_chunks import map_chunks
-from memmeta.models._network import Network
+from memmeta.models._network import Network, Params
 from memmeta.models._normalization import batch_statistics, normalise
 from memmeta.models._patch_statistics import convolution_statistics
 from memmeta.models._pooling import max_pool, with_even_sides
+
+Initialisation: TypeAlias = Literal["he_normal", "xavier_uniform"]
+INITIALISERS = {
+    "he_normal": (nn.initializers.he_normal(), nn.initializers.ones),
+    "xavier_uniform": (nn.initializers.xavier_uniform(), nn.initializers.uniform(1.0)),
+}
+"""Of kernels and of batch-norm scales."""
 
 
 class ConvBlock(nn.Module):
@@ -30,6 +44,7 @@ class ConvBlock(nn.Module):
 
     filters: int
     round_up: bool = False
+    initialisation: Initialisation = "he_normal"
 
     @nn.compact
     def __call__(
@@ -39,8 +54,9 @@ class ConvBlock(nn.Module):
     ) -> Float[Array, "examples half_height half_width filters"]:
         """Halve height and width, rounding as `round_up` says."""
         shape = (3, 3, images.shape[-1], self.filters)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, (self.filters,), jnp.float32)
+        kernels, scales = INITIALISERS[self.initialisation]
+        kernel = self.param("kernel", kernels, shape, jnp.float32)
+        scale = self.param("scale", scales, (self.filters,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.filters,), jnp.float32)
         sign = jnp.where(scale < 0, -1, 1).astype(scale.dtype)
         kernel, scale = (sign * kernel).astype(images.dtype), sign * scale
@@ -63,6 +79,7 @@ class ConvBlocks(nn.Module):
     depth: int
     dtype: DTypeLike
     round_up: bool
+    initialisation: Initialisation
 
     @nn.compact
     def __call__(
@@ -73,7 +90,7 @@ class ConvBlocks(nn.Module):
         """Features, float32."""
         hidden = as_float(images, self.dtype)
         for _ in range(self.depth):
-            hidden = ConvBlock(self.width, self.round_up)(hidden, weights)
+            hidden = ConvBlock(self.width, self.round_up, self.initialisation)(hidden, weights)
         return hidden.reshape(hidden.shape[0], -1).astype(jnp.float32)
 
 
@@ -86,6 +103,7 @@ def conv4(
     head_scale: float = 0.0,
     dtype: DTypeLike = jnp.float32,
     round_up: bool = False,
+    initialisation: Initialisation = "he_normal",
 ) -> Network:
     """Four blocks of conv3x3, batch norm, ReLU, maxpool2, then a linear head.
 
@@ -100,12 +118,16 @@ def conv4(
         dtype: what the body computes in; parameters, statistics and the head stay float32.
         round_up: pool a last odd row or column too, instead of leaving it out as most papers do:
             a 28x28 image then gives 2x2 features of each filter in place of one.
+        initialisation: "he_normal": normal kernels, batch-norm scales of one, a normal head.
+            "xavier_uniform", as learn2learn has it: kernels U(±√(6 / (fan in + fan out))), scales
+            U(0, 1), the head's kernel and bias U(±head_scale / √features).
 
     Returns:
         A `Network` of uint8 (scaled to [0, 1]) or float images.
 
     Raises:
-        ValueError: if the images are too small for `depth` halvings.
+        ValueError: the images are too small for `depth` halvings, or `initialisation` has another
+            name.
 
     Source: Vinyals et al. 2016, Matching Networks, section 4.1; Finn et al. 2017, section 5.2.
 
@@ -118,11 +140,23 @@ def conv4(
         >>> jax.jit(network.body)(params["body"], images, jnp.ones(3)).shape
         (3, 8)
     """
+    _checks.one_of("initialisation", initialisation, get_args(Initialisation))
     smallest = min(image_shape[:2]) >> depth
     if smallest < 1:
         raise ValueError(
             f"image_shape: {image_shape[0]}x{image_shape[1]} cannot be halved {depth} times; "
             f"use images of at least {1 << depth} pixels a side, or a smaller depth"
         )
-    body = ConvBlocks(width, depth, dtype, round_up)
-    return with_linear_head(body, ways, image_shape, head_scale)
+    body = ConvBlocks(width, depth, dtype, round_up, initialisation)
+    network = with_linear_head(body, ways, image_shape, head_scale)
+    if initialisation == "he_normal":
+        return network
+    limit = head_scale * network.features**-0.5
+    uniform = partial(jax.random.uniform, minval=-limit, maxval=limit)
+
+    def init(key: Array) -> Params:
+        params = network.init(key)
+        head_key = jax.random.fold_in(key, 1)
+        return {**params, "head": optax.tree.random_like(head_key, params["head"], uniform)}
+
+    return replace(network, init=init)

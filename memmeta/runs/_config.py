@@ -6,8 +6,9 @@ import json
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import optax
 
 from memmeta import algorithms, models
@@ -59,7 +60,11 @@ class Config:
     round_down: bool = False
     """Leave the last row of an odd number out of pooling, and column, as most papers do."""
     statistics: Statistics = "transductive"
-    """Batch statistics: of support and query together, or of the support images alone."""
+    """Batch statistics: of support and query together, of the support images alone, or of support
+    and query apart."""
+    head_start: Literal["zeros", "random"] = "zeros"
+    """Where every task's head starts, for methods that do not learn it; a random head is drawn from
+    the seed and never trained."""
     inner_steps: int | None = None
     """Steps of the inner loop in training; None: the method's own default."""
     test_steps: int | None = None
@@ -182,7 +187,7 @@ class Config:
             width=self.width,
             image_shape=(height, width, channels),
             round_up=not self.round_down,
-            head_scale=1.0,  # read only by methods that learn the head's start
+            head_scale=1.0,  # read only by methods that learn the head's start, and by head_start
         )
         known = inspect.signature(method).parameters
         options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
@@ -191,6 +196,9 @@ class Config:
             _require(
                 name, given[name], name in known, f"no value: {self.method} has no such option"
             )
+        if self.head_start == "random":
+            _require("head_start", "random", "start" in known, f"zeros: {self.method} has no start")
+            given["start"] = jax.jit(network.init)(jax.random.key(self.seed))["head"]
         if "inner" in known:
             steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
             given["inner"] = self._inner(known["inner"].default, steps)

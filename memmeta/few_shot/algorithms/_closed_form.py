@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from memmeta import _checks, hypergradient
 from memmeta.few_shot._closed_form import ridge_solution
 from memmeta.few_shot._head import HeadContext, augmented
-from memmeta.few_shot._networks import Statistics, features_of, query_loss
+from memmeta.few_shot._networks import Statistics, check_statistics, features_of, query_loss
 from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop
 from memmeta.models import Network
@@ -35,6 +35,7 @@ def closed_form_problem(
     statistics: Statistics,
 ) -> Problem:
     """The problem of a method whose query logits are a function of the features; φ is empty."""
+    check_statistics(statistics)
 
     def embed(theta: MetaParams, task: Task) -> ClosedFormContext:
         support, query = features_of(network, theta["body"], task, statistics)

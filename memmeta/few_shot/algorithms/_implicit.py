@@ -5,6 +5,7 @@ from memmeta.few_shot._networks import Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
 from memmeta.inner import InnerLoop, gradient_descent
 from memmeta.models import Network
+from memmeta.problem import Params
 
 
 def memory_reduced(
@@ -14,6 +15,7 @@ def memory_reduced(
     ridge: float = 0.1,
     cg_steps: int = 20,
     statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Learner:
     r"""The paper's method: a head per task, and the implicit hypergradient of the body.
 
@@ -21,11 +23,12 @@ def memory_reduced(
       [\partial^2_{\phi\phi} g_i] v_i = \partial_\phi f_i$$
 
     Args:
-        network: body (shared, θ) and head (per task, φ; always started from zero).
-        inner: the inner loop. As released: `InnerLoop(optax.sgd(0.1), steps=20)`.
-        ridge: ρ of the head; makes g strongly convex, as the theory asks. As released: 0.
+        network: body (shared, θ) and head (per task, φ).
+        inner: the inner loop.
+        ridge: ρ of the head; makes g strongly convex, as the theory asks.
         cg_steps: conjugate-gradient steps, from zero.
         statistics: which images give the batch statistics.
+        start: the head that every task starts from, never trained; None means zeros.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -39,8 +42,21 @@ def memory_reduced(
         >>> learner = memory_reduced(conv4(ways=5, width=8))
         >>> sorted(learner.init(jax.random.key(0)))
         ['body']
+
+        As released: a fixed random head, 20 steps at a constant rate, no ridge, two passes.
+
+        >>> import optax
+        >>> network = conv4(ways=5, width=8, head_scale=1.0)
+        >>> learner = memory_reduced(
+        ...     network,
+        ...     inner=InnerLoop(optax.sgd(0.1), steps=20),
+        ...     ridge=0.0,
+        ...     cg_steps=20,
+        ...     statistics="separate",
+        ...     start=network.init(jax.random.key(1))["head"],
+        ... )
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics)
+    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, body_alone(network))
 
@@ -88,6 +104,7 @@ def stocbio(
     ridge: float = 0.1,
     cg_steps: int = 20,
     statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Learner:
     r"""stocBiO: as `memory_reduced`, with the Neumann series in place of conjugate gradients.
 
@@ -99,6 +116,7 @@ def stocbio(
         ridge: ρ of the head.
         cg_steps: Q, terms of the series.
         statistics: which images give the batch statistics.
+        start: the head that every task starts from, never trained; None means zeros.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -110,7 +128,7 @@ def stocbio(
         >>> from memmeta.models import conv4
         >>> learner = stocbio(conv4(ways=5, width=8))
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics)
+    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
     estimator = hypergradient.implicit(linear_solve.neumann(cg_steps))
     return Learner(problem, inner, estimator, body_alone(network))
 
@@ -122,6 +140,7 @@ def amigo(
     ridge: float = 0.1,
     cg_steps: int = 10,
     statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Learner:
     """AmIGO: few inner and few linear steps, each started where the task was last left.
 
@@ -134,6 +153,7 @@ def amigo(
         ridge: ρ of the head.
         cg_steps: conjugate-gradient steps.
         statistics: which images give the batch statistics.
+        start: the head that every task starts from, never trained; None means zeros.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -148,6 +168,6 @@ def amigo(
         >>> learner = amigo(conv4(ways=5, width=8))
         >>> step = WarmStart(learner.make_meta_step(optax.adam(1e-3)), size=100)
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics)
+    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, body_alone(network))

@@ -26,7 +26,8 @@ def maml(
 
     Args:
         network: body and head, both θ and φ. Give the head a random start.
-        inner: the inner loop, in training and, unless told otherwise, at test.
+        inner: the inner loop, in training and, unless told otherwise, at test. As the authors of
+            `memory_reduced` ran it: `InnerLoop(optax.sgd(0.5), steps=3)`.
         statistics: which images give the batch statistics of the query pass.
 
     Returns:
@@ -84,10 +85,12 @@ def anil(
 
     Args:
         network: body and head.
-        inner: the inner loop. As the paper's authors ran it: `InnerLoop(optax.sgd(0.1), steps=10)`.
+        inner: the inner loop. As the authors of `memory_reduced` ran it, with "separate"
+            statistics: `InnerLoop(optax.sgd(0.1), steps=10)`.
         ridge: weight of the head's ridge; 0 where features are recomputed.
-        recompute_features: run the body in every inner step, as the authors' code does: the same
-            numbers at many times the memory; give it `InnerLoop(optax.sgd(...))`.
+        recompute_features: run the body in every inner step, as the authors' code does: with
+            "separate" or "support" statistics the same numbers at many times the memory; give it
+            `InnerLoop(optax.sgd(...))`.
         statistics: which images give the batch statistics.
 
     Returns:
@@ -115,15 +118,18 @@ def itd_bio(
     ridge: float = 0.0,
     recompute_features: bool = False,
     statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Learner:
     """ITD-BiO: as `memory_reduced`, with the inner steps differentiated.
 
     Args:
-        network: body and head; every head starts from zero.
-        inner: the inner loop. As the paper's authors ran it: `InnerLoop(optax.sgd(0.1), steps=20)`.
+        network: body and head.
+        inner: the inner loop. As the authors of `memory_reduced` ran it, with "separate"
+            statistics and one random start: `InnerLoop(optax.sgd(0.1), steps=20)`.
         ridge: weight of the head's ridge; 0 where features are recomputed.
-        recompute_features: run the body in every inner step, as the authors' code does.
+        recompute_features: as in `anil`.
         statistics: which images give the batch statistics.
+        start: the head that every task starts from, never trained; None means zeros.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -135,9 +141,11 @@ def itd_bio(
         >>> learner = itd_bio(conv4(ways=5, width=8))
     """
     if recompute_features:
-        problem = network_problem(network, "head", proximal=0.0, statistics=statistics)
+        problem = network_problem(network, "head", 0.0, statistics, start)
     else:
-        problem = head_problem(network, ridge, learn_start=False, statistics=statistics)
+        problem = head_problem(
+            network, ridge, learn_start=False, statistics=statistics, start=start
+        )
     return Learner(problem, inner, hypergradient.unrolled(), body_alone(network))
 
 

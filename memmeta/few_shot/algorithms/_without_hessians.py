@@ -7,6 +7,7 @@ from memmeta.few_shot._networks import Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
 from memmeta.inner import InnerLoop
 from memmeta.models import Network
+from memmeta.problem import Params
 
 
 def fomaml(
@@ -68,15 +69,17 @@ def pzobo(
     ridge: float = 0.1,
     directions: int = 1,
     statistics: Statistics = "transductive",
+    start: Params | None = None,
 ) -> Learner:
     """PZOBO: the response of the inner solution to θ by finite differences along random directions.
 
     Args:
-        network: body and head; every head starts from zero.
+        network: body and head.
         inner: the inner loop.
         ridge: weight of the head's ridge.
         directions: random directions a meta-step.
         statistics: which images give the batch statistics.
+        start: the head that every task starts from, never trained; None means zeros.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -88,6 +91,6 @@ def pzobo(
         >>> from memmeta.models import conv4
         >>> learner = pzobo(conv4(ways=5, width=8))
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics)
+    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
     estimator = hypergradient.finite_difference(directions)
     return Learner(problem, inner, estimator, body_alone(network))
