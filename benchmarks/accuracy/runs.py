@@ -34,15 +34,7 @@ Record = dict[str, Any]
 
 
 class Job(NamedTuple):
-    """One method on one setting.
-
-    Attributes:
-        setting: the kind of task.
-        sizes: of network, batches and budget.
-        method: its name, or `BASELINE`.
-        preset: which recipe.
-        split: whose tasks are judged.
-    """
+    """One method, or `BASELINE`, on one setting, by one recipe; `split` has the tasks at test."""
 
     setting: Setting
     sizes: Sizes
@@ -64,7 +56,7 @@ class Job(NamedTuple):
 def clock() -> float:
     """Seconds of the processor where one core does all the work, else of the wall.
 
-    On one core both are the same, but the first does not count what other programs take.
+    On one core the first do not count what other programs take.
     """
     one_core = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
     one_thread = "xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", "")
@@ -122,12 +114,7 @@ def train_program(job: Job, learner: Learner, dataset: Split) -> tuple[Any, Call
 
 
 def meta_steps_in(seconds: float, run: Callable[[int], None]) -> int:
-    """How many meta-steps fit into so many seconds.
-
-    Args:
-        seconds: of training.
-        run: makes that many meta-steps and waits for them.
-    """
+    """How many meta-steps fit into so many seconds; `run` makes a number of them and waits."""
     run(1)
     count, spent = 1, 0.0
     while spent < MEASURED:
@@ -222,16 +209,13 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
 def results(
     job: Job, seeds: Sequence[int], data_dir: str | None, meta_steps: int | None = None
 ) -> Iterator[Record]:
-    """Train and judge one method, seed by seed.
+    """Train and judge one method; yields one record a seed, ready for JSON.
 
     Args:
         job: what to run.
         seeds: those that are not finished.
         data_dir: folder of data sets that are not embedded.
         meta_steps: as finished seeds made; None: as the clock says.
-
-    Yields:
-        One record a seed, ready for JSON.
     """
     train, test = (_load(job.setting.data, split, data_dir) for split in ("train", job.split))
     if job.method == BASELINE:

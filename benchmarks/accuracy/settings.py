@@ -43,27 +43,16 @@ class Setting(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """How large the network and the batches are, and how long every method trains.
+    """How large the network and the batches are, and how long every method trains."""
 
-    Attributes:
-        width: filters of each convolution block, or units of each of two hidden layers.
-        tasks: in a meta-step.
-        chunk: tasks worked on at once.
-        queries: query examples of a class in training, or points of a curve.
-        test_queries: the same at test.
-        seconds: of training.
-        episodes: at test.
-        meta_steps: as many whatever they take; None: as `seconds` allow.
-    """
-
-    width: int = 32
-    tasks: int = 8
-    chunk: int = 4
-    queries: int = 5
+    width: int = 32  # filters of each convolution block, or units of each of two hidden layers
+    tasks: int = 8  # in a meta-step
+    chunk: int = 4  # tasks worked on at once
+    queries: int = 5  # of a class in training, or points of a curve
     test_queries: int = 5
-    seconds: float = 20.0
-    episodes: int = 600
-    meta_steps: int | None = None
+    seconds: float = 20.0  # of training
+    episodes: int = 600  # at test
+    meta_steps: int | None = None  # None: as many as fit into `seconds`
 
     def quick(self) -> "Sizes":
         """To see in seconds that everything works."""
@@ -93,44 +82,29 @@ def sizes_of(setting: Setting) -> Sizes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is run.
+    """How a method is run."""
 
-    Attributes:
-        rate: of Adam, the outer optimiser.
-        inner: the inner loop in training; None: the method's own.
-        options: others of the method.
-        cosine: whether the rate falls to zero along a cosine.
-        test: the inner loop at test; None: as in training. Twice its steps are reported too.
-    """
-
-    rate: float = 3e-3
-    inner: mm.InnerLoop | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    cosine: bool = True
-    test: mm.InnerLoop | None = None
+    rate: float = 3e-3  # of Adam, the outer optimiser
+    inner: mm.InnerLoop | None = None  # in training; None: the method's own
+    options: Mapping[str, Any] = field(default_factory=dict)  # others of the method
+    cosine: bool = True  # whether the rate falls to zero along a cosine
+    test: mm.InnerLoop | None = None  # at test; None: as in training
 
 
-TUNED_CLASSES: dict[Name, Recipe] = {}
 STEPS = mm.InnerLoop(optax.sgd(0.05), steps=5)
 LEARNED_RATES = replace(METHODS["meta_sgd"](mlp(1, (), (1,))).inner, steps=5)
+WEAK_RIDGE = Recipe(options={"ridge": 0.01})
 TUNED_CURVES: dict[Name, Recipe] = {
-    "memory_reduced": Recipe(options={"ridge": 0.01}),
-    "stocbio": Recipe(options={"ridge": 0.01}),
-    "amigo": Recipe(options={"ridge": 0.01}),
-    "pzobo": Recipe(options={"ridge": 0.01}),
-    "maml": Recipe(inner=STEPS),
-    "fomaml": Recipe(inner=STEPS),
-    "reptile": Recipe(inner=STEPS),
-    "boil": Recipe(inner=STEPS),
+    **dict.fromkeys(("memory_reduced", "stocbio", "amigo", "pzobo"), WEAK_RIDGE),
+    **dict.fromkeys(("maml", "fomaml", "reptile", "boil"), Recipe(inner=STEPS)),
     "meta_sgd": Recipe(inner=LEARNED_RATES, options={"first_rate": 0.05}),
     "imaml": Recipe(options={"proximal": 0.5}),
 }
 
 
 def tuned(setting: Setting, method: Name) -> Recipe:
-    """Ours; a method that is in no table has its defaults."""
-    table = TUNED_CURVES if setting.curves else TUNED_CLASSES
-    return table.get(method, Recipe())
+    """Ours: a method's defaults, unless it is in `TUNED_CURVES`."""
+    return TUNED_CURVES.get(method, Recipe()) if setting.curves else Recipe()
 
 
 def authors(setting: Setting, method: Name) -> Recipe:
@@ -144,25 +118,16 @@ def authors(setting: Setting, method: Name) -> Recipe:
     """
     larger = setting.data in IMAGENETS
     inner_rate, rate = (0.05, 1e-3) if larger else (0.1, 1e-4)
-    heads = mm.InnerLoop(optax.sgd(0.05), 20)
+    recomputed, as_released = {"recompute_features": True}, {"ridge": 0.0, "cg_steps": 20}
+
+    def recipe(inner_rate: float, steps: int, options: Any = None, test: Any = None) -> Recipe:
+        return Recipe(rate, mm.InnerLoop(optax.sgd(inner_rate), steps), options or {}, False, test)
+
     recipes: dict[Name, Recipe] = {
-        "memory_reduced": Recipe(
-            rate,
-            mm.InnerLoop(optax.sgd(inner_rate), 20),
-            {"ridge": 0.0, "cg_steps": 20},
-            cosine=False,
-            test=heads,
-        ),
-        "maml": Recipe(rate, mm.InnerLoop(optax.sgd(0.5), 3), cosine=False),
-        "anil": Recipe(
-            rate,
-            mm.InnerLoop(optax.sgd(0.1), 5 if larger else 10),
-            {"recompute_features": True},
-            cosine=False,
-        ),
-        "itd_bio": Recipe(
-            rate, mm.InnerLoop(optax.sgd(0.1), 20), {"recompute_features": True}, cosine=False
-        ),
+        "memory_reduced": recipe(inner_rate, 20, as_released, mm.InnerLoop(optax.sgd(0.05), 20)),
+        "maml": recipe(0.5, 3),
+        "anil": recipe(0.1, 5 if larger else 10, recomputed),
+        "itd_bio": recipe(0.1, 20, recomputed),
     }
     if method not in recipes or setting.curves:
         raise ValueError(
@@ -214,16 +179,7 @@ def make_learner(
     recipe: Recipe,
     statistics: Statistics = "transductive",
 ) -> Learner:
-    """The method on a network that fits the data.
-
-    Args:
-        setting: the kind of task.
-        sizes: of the network.
-        dataset: whose examples the network takes.
-        method: its name.
-        recipe: how it is run.
-        statistics: what batch norm does, see `memmeta.few_shot.Statistics`.
-    """
+    """The method on a network that fits the data, with batch statistics at test of one kind."""
     options = dict(recipe.options) | ({} if recipe.inner is None else {"inner": recipe.inner})
     if not isinstance(dataset, Dataset):
         widths = (sizes.width, sizes.width)

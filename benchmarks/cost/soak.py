@@ -25,17 +25,8 @@ from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import show, write
 from memmeta.runs import Config, Interrupted, make_trainer, new_run, train
 
-SMALL = Config(
-    ways=2,
-    queries=2,
-    width=4,
-    tasks=2,
-    inner_steps=5,
-    cg_steps=5,
-    meta_steps=2**31 - 1,
-    log_every=50,
-    checkpoint_every=500,
-)
+SIZES: dict[str, Any] = {"ways": 2, "queries": 2, "width": 4, "tasks": 2, "log_every": 50}
+SMALL = Config(**SIZES, inner_steps=5, cg_steps=5, meta_steps=2**31 - 1, checkpoint_every=500)
 STEADY = 0.2
 """After this share of the time a run has met everything it will ever do."""
 GROWTH = 4.0
@@ -46,22 +37,18 @@ tensorstore (0.1.86) never frees."""
 
 
 class Watch:
-    """Looks at the process after each block of meta-steps.
+    """Takes samples of the process after blocks of meta-steps, and ends the run.
 
     Attributes:
-        samples: what was seen.
+        samples: of all figures.
+        seconds: after which the run is asked to stop.
+        every: meta-steps between two checkpoints.
     """
 
     def __init__(self, seconds: float, every: int) -> None:
-        """Start the clock.
-
-        Args:
-            seconds: after which the run is asked to stop.
-            every: meta-steps between two checkpoints.
-        """
         self.samples: list[dict[str, float]] = []
-        self.began, self.seconds, self.compilations = time.monotonic(), seconds, 0
-        self.every = every
+        self.began, self.compilations = time.monotonic(), 0
+        self.seconds, self.every = seconds, every
         jax.monitoring.register_event_duration_secs_listener(self._count)
 
     def _count(self, event: str, *_: Any, **__: Any) -> None:
@@ -95,21 +82,15 @@ class Watch:
 def verdict(samples: list[dict[str, float]]) -> dict[str, Any]:
     """How much more was held at the end of the steady part than at its beginning.
 
-    Args:
-        samples: from `Watch`.
-
-    Returns:
-        Growth by name, and under "flat" whether nothing grew but by what `GROWTH` and `LEFT` allow.
+    Under "flat": whether nothing grew but by what `GROWTH` and `LEFT` allow.
     """
     steady = [s for s in samples if s["seconds"] >= STEADY * samples[-1]["seconds"]]
     fifth = max(len(steady) // 5, 1)
-    growth = {
-        name: float(
-            np.median([s[name] for s in steady[-fifth:]])
-            - np.median([s[name] for s in steady[:fifth]])
-        )
-        for name in ("megabytes", "open_files", "arrays", "compilations", "checkpoints")
-    }
+    growth = {}
+    for name in ("megabytes", "open_files", "arrays", "compilations", "checkpoints"):
+        ends = steady[:fifth], steady[-fifth:]
+        first, last = (np.median([sample[name] for sample in end]) for end in ends)
+        growth[name] = float(last - first)
     flat = growth["megabytes"] <= GROWTH + LEFT * growth["checkpoints"] and all(
         growth[name] <= 0 for name in ("open_files", "arrays", "compilations")
     )
