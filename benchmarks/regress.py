@@ -10,7 +10,6 @@ more than 1 %. `--update` writes what was found there instead, for a change that
 more (or less).
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -19,10 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
-from benchmarks.tables import Row, show, write
-from benchmarks.workloads import Workload, compiled_step, learner, meta_step, supervised, temporary
+from benchmarks.harness.arguments import make_parser
+from benchmarks.harness.programs import (
+    CONVOLUTION,
+    KERNEL_GRADIENT,
+    equations,
+    flops,
+    temporary_megabytes,
+)
+from benchmarks.harness.tables import Row, show, write
+from benchmarks.problems.workloads import Workload, compiled_step, learner, meta_step, supervised
 from memmeta.models import Network
 
 LIMITS = Path(__file__).with_suffix(".json")
@@ -32,7 +38,6 @@ COMPILED = ("memory_reduced", "imaml", "maml")
 TRACED = ("anil", "itd_bio", "fomaml")
 """Of these only what can be counted without compiling."""
 ROOM = 1.01
-CONVOLUTIONS = ("memmeta_convolution", "memmeta_kernel_gradient")
 BODY = "network_body"
 
 
@@ -56,16 +61,10 @@ def compiled(method: str) -> dict[str, float]:
         state, _ = step(state, tasks)
     called: Any = step.compiled
     return {
-        "bytes": round(temporary(program) * 1e6),
+        "bytes": round(temporary_megabytes(program) * 1e6),
         "FLOPs": flops(program),
         "compilations": called._cache_size(),
     }
-
-
-def flops(program: jax.stages.Compiled) -> float:
-    """What the compiler counts."""
-    analysis: Any = program.cost_analysis()
-    return float(analysis["flops"])
 
 
 def with_named_body(network: Network) -> Network:
@@ -80,7 +79,7 @@ def with_named_body(network: Network) -> Network:
 
 def is_convolution(equation: Any) -> bool:
     """Whether an equation of a traced program makes a convolution or a kernel's gradient."""
-    return equation.primitive.name in CONVOLUTIONS
+    return equation.primitive.name in (CONVOLUTION, KERNEL_GRADIENT)
 
 
 def is_pass(equation: Any) -> bool:
@@ -90,12 +89,7 @@ def is_pass(equation: Any) -> bool:
 
 def made_by(jaxpr: Any, counts: Callable[[Any], bool]) -> int:
     """How many such equations a program runs; loops of unknown length make `STEPS` rounds."""
-    total = 0
-    for equation in jaxpr.eqns:
-        rounds = {"scan": equation.params.get("length"), "while": STEPS}
-        inside = sum(made_by(each, counts) for each in jaxprs_in_params(equation.params))
-        total += (rounds.get(equation.primitive.name) or 1) * inside + counts(equation)
-    return total
+    return sum(times for equation, times in equations(jaxpr, STEPS) if counts(equation))
 
 
 def grown(found: dict[str, dict[str, float]], limits: dict[str, dict[str, float]]) -> list[Row]:
@@ -113,11 +107,8 @@ def grown(found: dict[str, dict[str, float]], limits: dict[str, dict[str, float]
 
 def main(arguments: list[str] | None = None) -> int:
     """Count, compare, print; 1 if something grew."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "regress")
     parser.add_argument("--update", action="store_true", help=f"write {LIMITS.name}")
-    parser.add_argument("--out", type=Path, default=Path("build/regress"))
     options = parser.parse_args(arguments)
     # Fast compilation: buffers and counts are decided before machine code is made.
     flags = os.environ.get("XLA_FLAGS", "")
@@ -127,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[method] |= compiled(method)
     floor = supervised(SMALL.network(), SMALL._replace(tasks=1))
     found["supervised gradient"] = {
-        "bytes": round(temporary(floor) * 1e6),
+        "bytes": round(temporary_megabytes(floor) * 1e6),
         "FLOPs": flops(floor),
     }
     write(options.out / "regress.json", {"counts": found})

@@ -11,15 +11,8 @@ import optax
 import pytest
 
 import memmeta as mm
-from benchmarks import (
-    accuracy,
-    accuracy_runs,
-    accuracy_settings,
-    accuracy_table,
-    published,
-    regression,
-)
-from benchmarks.accuracy_settings import Setting, Sizes
+from benchmarks.accuracy import methods, published, regression, runs, settings, table
+from benchmarks.accuracy.settings import Setting, Sizes
 from memmeta.few_shot.algorithms import METHODS
 from memmeta.models import mlp
 from memmeta.problem import Task
@@ -28,8 +21,8 @@ TINY = Sizes(4, 2, 2, 2, 3, 0.0, episodes=4, meta_steps=2)
 
 
 def quick(tmp_path, *arguments):
-    accuracy.main([*arguments, "--quick", "--out", str(tmp_path)])
-    return accuracy_table.read(tmp_path / "accuracy.jsonl")
+    methods.main([*arguments, "--quick", "--out", str(tmp_path)])
+    return table.read(tmp_path / "accuracy.jsonl")
 
 
 def test_curves_from_the_command_to_the_table_and_not_run_again(tmp_path, monkeypatch, capsys):
@@ -50,7 +43,7 @@ def test_curves_from_the_command_to_the_table_and_not_run_again(tmp_path, monkey
         asked_for.append((job.method, seeds, meta_steps))
         return iter([first[1]])
 
-    monkeypatch.setattr(accuracy, "results", never)
+    monkeypatch.setattr(methods, "results", never)
     assert quick(tmp_path, *asked, "0", "1") == first
     assert asked_for == [("anil", [1], 3)]
     assert quick(tmp_path, *asked, "0", "1") == first
@@ -65,12 +58,12 @@ def test_classes_at_both_statistics_and_both_numbers_of_steps(monkeypatch):
     setting = Setting("glyphs", 3, 1)
     test = mm.data.load("glyphs", "test")
     small = lambda ways, **_: mlp(ways, (6,), (28, 28, 1))  # noqa: E731
-    monkeypatch.setattr(accuracy_settings, "conv4", small)
-    job = accuracy_runs.Job(setting, TINY, "fomaml", "tuned", "test")
-    recipe = accuracy_settings.recipe_of("tuned", setting, "fomaml")
-    learner = accuracy_settings.make_learner(setting, TINY, test, "fomaml", recipe)
+    monkeypatch.setattr(settings, "conv4", small)
+    job = runs.Job(setting, TINY, "fomaml", "tuned", "test")
+    recipe = settings.recipe_of("tuned", setting, "fomaml")
+    learner = settings.make_learner(setting, TINY, test, "fomaml", recipe)
     theta = learner.init(jax.random.key(3))
-    found = accuracy_runs.judge_program(job, test)(theta, test)
+    found = runs.judge_program(job, test)(theta, test)
     assert set(found) == {"transductive", "support"}
     episodes = mm.data.Episodes(3, 1, TINY.test_queries)
     tasks = episodes.sample_batch(test, jax.random.key(0), TINY.episodes)
@@ -86,14 +79,14 @@ def test_classes_at_both_statistics_and_both_numbers_of_steps(monkeypatch):
 def test_statistics_at_test_change_what_is_judged():
     setting = Setting("glyphs", 2, 1)
     test = mm.data.load("glyphs", "test")
-    job = accuracy_runs.Job(setting, TINY, "protonet", "tuned", "test")
-    recipe = accuracy_settings.Recipe()
+    job = runs.Job(setting, TINY, "protonet", "tuned", "test")
+    recipe = settings.Recipe()
     learners = {
-        kind: accuracy_settings.make_learner(setting, TINY, test, "protonet", recipe, kind)
-        for kind in accuracy_runs.STATISTICS
+        kind: settings.make_learner(setting, TINY, test, "protonet", recipe, kind)
+        for kind in runs.STATISTICS
     }
     theta = learners["support"].init(jax.random.key(0))
-    found = accuracy_runs.judge_program(job, test)(theta, test)
+    found = runs.judge_program(job, test)(theta, test)
     assert [list(figures) for figures in found.values()] == [["0"], ["0"]]
     tasks = mm.data.Episodes(2, 1, 3).sample_batch(test, jax.random.key(0), TINY.episodes)
     for kind, learner in learners.items():
@@ -103,22 +96,22 @@ def test_statistics_at_test_change_what_is_judged():
 
 def test_meta_steps_are_counted_out_by_the_clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(accuracy_runs, "clock", lambda: now[0])
+    monkeypatch.setattr(runs, "clock", lambda: now[0])
 
     def run(count):
         now[0] += 0.25 * count
 
-    assert accuracy_runs.meta_steps_in(30.0, run) == 120
-    assert accuracy_runs.meta_steps_in(0.0, run) == 1
+    assert runs.meta_steps_in(30.0, run) == 120
+    assert runs.meta_steps_in(0.0, run) == 1
 
 
 def test_the_rate_falls_along_a_cosine_over_the_meta_steps_asked_for():
     setting = Setting("tides", 1, 5)
     train = mm.data.load("tides", "train")
-    job = accuracy_runs.Job(setting, TINY, "r2d2", "tuned", "test")
-    recipe = accuracy_settings.recipe_of("tuned", setting, "r2d2")
-    learner = accuracy_settings.make_learner(setting, TINY, train, "r2d2", recipe)
-    block, start = accuracy_runs.train_program(job, learner, train)
+    job = runs.Job(setting, TINY, "r2d2", "tuned", "test")
+    recipe = settings.recipe_of("tuned", setting, "r2d2")
+    learner = settings.make_learner(setting, TINY, train, "r2d2", recipe)
+    block, start = runs.train_program(job, learner, train)
     for count, total in ((1, 4), (3, 4), (2, 2)):
         state, _ = block(start(jax.random.key(0)), train, jnp.int32(count), jnp.int32(total))
         expected = recipe.rate * 0.5 * (1 + np.cos(np.pi * (count - 1) / total))
@@ -129,7 +122,7 @@ def test_the_rate_falls_along_a_cosine_over_the_meta_steps_asked_for():
 
 def record(method, seed, mean, **changes):
     figures = {"0": {"mean": mean, "half_width": 0.01}}
-    job = accuracy_runs.Job(Setting("omniglot", 5, 1), TINY, method, "tuned", "test")
+    job = runs.Job(Setting("omniglot", 5, 1), TINY, method, "tuned", "test")
     cost = {"meta_steps": 7, "seconds": 2.0, "temporary_megabytes": 3.0}
     both = {"transductive": figures, "support": figures}
     return job.identity(seed) | cost | {"figures": both} | changes
@@ -143,24 +136,24 @@ def test_table_from_lines_alone(tmp_path):
         record("imaml", 1, 0.52),
         record("maml", 0, 0.7, preset="authors"),
     ):
-        accuracy_table.append(path, line)
-    table = accuracy_table.table(accuracy_table.read(path))
-    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+        table.append(path, line)
+    shown = table.table(table.read(path))
+    rows = [line for line in shown.splitlines() if line.startswith("| ")][2:]
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
     assert names == ["maml, as the authors ran it", "maml", "imaml"]  # the best first
     assert "| 51.0 ± 1.0 | – |" in rows[2]
     assert "| 0 | 7 | 2.0 | 3.0 | 2 (50.0–52.0) | 99.2 ± 0.4 [1] |" in rows[2]
-    assert table.endswith("- [1] Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2.")
-    assert "published" not in accuracy_table.table([record("maml", 0, 0.6, data="glyphs")])
+    assert shown.endswith("- [1] Rajeswaran, Finn, Kakade, Levine (NeurIPS 2019), Table 2.")
+    assert "published" not in table.table([record("maml", 0, 0.6, data="glyphs")])
     path.write_text("{}\nno json\n{}\n")
     with pytest.raises(ValueError, match=r"line 2: expected JSON, found 'no json'"):
-        accuracy_table.read(path)
+        table.read(path)
 
 
 def test_only_equal_seconds_are_compared():
     longer = record("maml", 0, 0.7, sizes=TINY._replace(seconds=60.0)._asdict())
     both = [record("imaml", 0, 0.5), longer]
-    assert list(accuracy_table.cases(both)) == [
+    assert list(table.cases(both)) == [
         "omniglot, 5-way 1-shot, 0 s",
         "omniglot, 5-way 1-shot, 60 s",
     ]
@@ -169,28 +162,28 @@ def test_only_equal_seconds_are_compared():
 def test_the_docs_show_what_was_measured():
     docs = Path(__file__).parents[1] / "docs"
     page = (docs / "results.md").read_text(encoding="utf-8")
-    tables = accuracy_table.table(accuracy_table.read(docs / "assets" / "accuracy.jsonl"))
-    for table in tables.split("\n\n**"):
-        assert table.strip() in page
+    tables = table.table(table.read(docs / "assets" / "accuracy.jsonl"))
+    for each in tables.split("\n\n**"):
+        assert each.strip() in page
     assert published.table() in page
 
 
 def test_presets_of_the_authors_are_theirs_alone(capsys):
     setting = Setting("cifar_fs", 5, 5)
-    recipe = accuracy_settings.recipe_of("authors", setting, "memory_reduced")
+    recipe = settings.recipe_of("authors", setting, "memory_reduced")
     assert (recipe.rate, recipe.inner.steps, recipe.options) == (
         1e-4,
         20,
         {"ridge": 0.0, "cg_steps": 20},
     )
-    assert accuracy_settings.sizes_of(setting).width == 64
-    assert accuracy_settings.sizes_of(Setting("mini_imagenet", 5, 5)).width == 32
+    assert settings.sizes_of(setting).width == 64
+    assert settings.sizes_of(Setting("mini_imagenet", 5, 5)).width == 32
     with pytest.raises(SystemExit, match=r"authors ran memory_reduced, maml, .*found r2d2"):
-        accuracy.main(["--data", "glyphs", "--preset", "authors", "--method", "r2d2"])
+        methods.main(["--data", "glyphs", "--preset", "authors", "--method", "r2d2"])
     with pytest.raises(SystemExit, match=r"same_inner is for anil and itd_bio on classes"):
-        accuracy.main(["--data", "tides", "--preset", "same_inner"])
+        methods.main(["--data", "tides", "--preset", "same_inner"])
     with pytest.raises(SystemExit, match="unknown data set 'glyfs'"):
-        accuracy.main(["--data", "glyfs", "--method", "maml", "--quick"])
+        methods.main(["--data", "glyfs", "--method", "maml", "--quick"])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in regression.WITHOUT])

@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import estimators
+from benchmarks.cost import estimators
 
 
 def test_a_quick_run(tmp_path, capsys):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from benchmarks import convergence, fits
+from benchmarks.convergence import claims, fits
 
 
 def test_quick_run_of_one_experiment(tmp_path, capsys):
     arguments = ["--quick", "--only", "memory", "--out", str(tmp_path)]
-    assert convergence.main(arguments), capsys.readouterr().out
+    assert claims.main(arguments), capsys.readouterr().out
     found = json.loads((tmp_path / "convergence.json").read_text())
     assert set(found) == {"memory"}
     assert (tmp_path / "convergence.png").stat().st_size > 10_000

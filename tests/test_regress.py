@@ -6,12 +6,11 @@ import numpy as np
 from problems import quadratic_example
 
 import memmeta as mm
+from benchmarks.cost.speed import convolution_flops
+from benchmarks.problems.workloads import Workload
 from benchmarks.regress import grown, is_convolution, is_pass, made_by, with_named_body
-from benchmarks.speed import convolution_flops
-from benchmarks.workloads import Workload
 from memmeta.hypergradient import implicit
-from memmeta.models import mlp
-from memmeta.models._convolution import conv
+from memmeta.models import conv4, mlp
 
 
 def test_what_grew_is_named_and_what_shrank_is_not():
@@ -21,14 +20,18 @@ def test_what_grew_is_named_and_what_shrank_is_not():
 
 
 def test_convolutions_are_counted_as_often_as_loops_run():
-    images, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    network = conv4(2, width=16, depth=1, image_shape=(4, 4, 16))
+    params, images = network.init(jax.random.key(0))["body"], jnp.ones((5, 1, 4, 4, 16))
 
-    def looped(kernel):
-        return jax.lax.scan(lambda x, _: (conv(x, kernel), None), images, length=5)[0].sum()
+    def looped(images):
+        def body(total, image):
+            return total + network.body(params, image, jnp.ones(1)).sum(), None
 
-    assert made_by(jax.make_jaxpr(looped)(kernel).jaxpr, is_convolution) == 5
-    # backwards: one for the kernel and one for the images each
-    assert made_by(jax.make_jaxpr(jax.grad(looped))(kernel).jaxpr, is_convolution) == 15
+        return jax.lax.scan(body, jnp.float32(0), images)[0]
+
+    assert made_by(jax.make_jaxpr(looped)(images).jaxpr, is_convolution) == 5
+    # backwards: one for the images each
+    assert made_by(jax.make_jaxpr(jax.grad(looped))(images).jaxpr, is_convolution) == 10
 
 
 def test_passes_through_the_network_are_counted_forwards_and_backwards():

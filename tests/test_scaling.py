@@ -7,26 +7,39 @@ import pytest
 from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
-from benchmarks.pod import Chip, Work, arithmetic, curve, first_break, predicted, work
-from benchmarks.scaling import aims, collectives
-from memmeta.meta import _mesh as devices
-from memmeta.models._convolution import conv
+from benchmarks.harness.programs import collectives, equations, product_flops
+from benchmarks.scaling.devices import aims
+from benchmarks.scaling.pod import Chip, Work, arithmetic, curve, first_break, predicted, work
+from memmeta.meta import task_mesh
+from memmeta.models import conv4
 
 CHIP = Chip(peak=1e12, share=0.5, bandwidth=1e9, latency=1e-6, torus=2, launch=1e-6)
 WORK = Work(flops=1e9, products=10, parameters=1000, summed=1000)
 
 
-def test_flops_closed_form():
-    images, kernel, matrix = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), jnp.ones((5, 5))
+def test_flops_of_products_closed_form():
+    matrix = jnp.ones((5, 5))
 
-    def program(kernel):
-        y = jnp.sum(conv(images, kernel))
-        return y * jnp.sum(jax.lax.scan(lambda x, _: (x @ matrix, None), matrix, length=7)[0])
+    def program(x):
+        return jnp.sum(jax.lax.scan(lambda x, _: (x @ matrix, None), x, length=7)[0])
 
-    convolution, products = 2 * (2 * 4 * 4 * 8) * 27, 7 * 2 * 5**3
-    assert arithmetic(jax.make_jaxpr(program)(kernel).jaxpr, 1) == (convolution + products, 8)
-    flops, number = arithmetic(jax.make_jaxpr(jax.grad(program))(kernel).jaxpr, 1)
-    assert (flops, number) == (2 * convolution + products, 9)  # the kernel's gradient too
+    assert arithmetic(jax.make_jaxpr(program)(matrix).jaxpr, 1) == (7 * 2 * 5**3, 7)
+
+
+def test_flops_of_convolutions_closed_form():
+    network = conv4(2, width=8, depth=1, image_shape=(4, 4, 3))
+    params, images = network.init(jax.random.key(0))["body"], jnp.ones((2, 4, 4, 3))
+
+    def program(params):
+        return jnp.sum(network.body(params, images, jnp.ones(2)))
+
+    def flops(program):
+        found = equations(jax.make_jaxpr(program)(params).jaxpr, 1)
+        return [product_flops(e) for e, _ in found if e.primitive.name.startswith("memmeta_")]
+
+    convolution = 2 * (2 * 4 * 4 * 8) * 27
+    assert flops(program) == [convolution]
+    assert flops(jax.grad(program)) == [convolution] * 2  # the kernel's gradient too
 
 
 def test_flops_are_the_compilers_own_where_nothing_loops():
@@ -38,7 +51,7 @@ def test_flops_are_the_compilers_own_where_nothing_loops():
 def test_bytes_of_the_trace_are_those_of_the_compiled_program():
     def step_on(count):
         parts = (quadratic_problem(), mm.InnerLoop(steps=2), mm.hypergradient.implicit())
-        mesh = devices.task_mesh(jax.devices()[:count])
+        mesh = task_mesh(jax.devices()[:count])
         return mm.make_meta_step(*parts, optax.sgd(0.1), mesh=mesh)
 
     theta, tasks = jnp.ones(4), quadratic_tasks(jax.random.key(0), tasks=8)

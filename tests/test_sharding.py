@@ -12,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
-from benchmarks.scaling import collectives
-from benchmarks.workloads import compiled
+from benchmarks.harness.programs import collectives, compiled
 from memmeta.data import Episodes, load
 from memmeta.few_shot.algorithms import METHODS
 from memmeta.hypergradient import ESTIMATORS

@@ -32,9 +32,9 @@ TaskChunk: TypeAlias = int | Literal["auto"] | None
 NUMBERS_AT_ONCE = 32_768
 """On a CPU "auto" takes as many tasks as hold so many numbers, and one that holds more by itself.
 
-`benchmarks.chunks`: a convolutional network's tasks (60,000 numbers) are fastest one at a time, in
-the cache; a small dense one's (50 numbers) up to three times faster all at once. A GPU or TPU, slow
-at many small steps, takes all.
+`benchmarks.cost.chunks`: a convolutional network's tasks (60,000 numbers) are fastest one at a
+time, in the cache; a small dense one's (50 numbers) up to three times faster all at once. A GPU or
+TPU, slow at many small steps, takes all.
 """
 
 

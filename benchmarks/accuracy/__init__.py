@@ -1,0 +1,1 @@
+"""How well the methods do on held-out tasks."""

@@ -1,0 +1,1 @@
+"""What every benchmark is built from: arguments, clocks, compiled programs, tables, pictures."""

@@ -1,0 +1,55 @@
+"""Pictures without a display: panels of curves, and bars."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+@contextmanager
+def panels(
+    path: Path, count: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.5)
+) -> Iterator[list[Axes]]:
+    """Axes to draw on, written to a file at the end.
+
+    Args:
+        path: of the picture.
+        count: of panels.
+        columns: of panels, filled row by row.
+        size: inches of one panel.
+
+    Yields:
+        The panels, each with a grid.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in axes[:count]:
+        panel.grid(alpha=0.3)
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    yield axes[:count]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    print(f"picture in {path}")
+
+
+def bars(axes: Axes, labels: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
+    """Horizontal bars, a bar of each group beside every label.
+
+    Args:
+        axes: to draw on.
+        labels: of the bars, from top to bottom.
+        groups: name -> a length for each label.
+    """
+    places, height = np.arange(len(labels)), 0.8 / len(groups)
+    for i, (name, lengths) in enumerate(groups.items()):
+        offset = (i - (len(groups) - 1) / 2) * height
+        axes.barh(places + offset, np.asarray(lengths), height, label=name)
+    axes.set(yticks=places, yticklabels=labels)
+    axes.invert_yaxis()
+    axes.legend()

@@ -1,0 +1,1 @@
+"""How fast other libraries make the same meta-step."""

@@ -1,0 +1,224 @@
+"""The same meta-step here, in plain PyTorch, and through other libraries, in one run.
+
+    pip install 'memmeta[peers]'
+    python -m benchmarks.peers.compare [--quick] [--cores 1 2] [--only a:maml:1 ...] [--out DIR]
+
+Same network, parameters, tasks and cores. Losses and gradient norms of the first meta-step are
+compared before any time is; then one meta-step of each is timed in turn, again and again, and the
+median and spread are printed. Workload a: 4 tasks, 5-way 1-shot, 15 queries a class, 28×28×1,
+Conv4-64. Workload b32: 5-way 5-shot, 25 queries, 32×32×3, Conv4-64; b84: 84×84×3, Conv4-32; of the
+paper's 32 tasks a step `--tasks` are taken, as all cost the same. Writes peers.json and peers.png.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.harness import pictures
+from benchmarks.harness.arguments import make_parser
+from benchmarks.harness.tables import Row, show, write
+from benchmarks.harness.timing import bound_process, in_turn
+from benchmarks.problems.workloads import WORKLOADS, learner, meta_step, spread
+from memmeta.few_shot.algorithms import Learner
+from memmeta.meta import task_mesh
+
+MODULE = "benchmarks.peers.compare"
+Step = Callable[[], tuple[float, float]]
+"""Makes one meta-step: the query loss and the norm of the meta-gradient."""
+
+
+class Case(NamedTuple):
+    """One comparison: a method with T inner steps on a workload, and the aim."""
+
+    workload: str
+    method: str
+    steps: int
+    aim: float | None = None
+    formulation: str = ""
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        ending = f":{self.formulation}" if self.formulation else ""
+        return f"{self.workload}:{self.method}:{self.steps}{ending}"
+
+    @property
+    def tolerance(self) -> float:
+        """Relative, of losses and gradient norms, in float32."""
+        # Conjugate gradients after 50 steps of a network: PyTorch's own norm moves by 2 % from one
+        # thread to two.
+        return 0.03 if self.method == "imaml" and self.steps > 5 else 0.01
+
+
+CASES = [
+    *(Case("a", m, t, 1.5 if t < 10 else None) for m in ("maml", "anil", "fomaml") for t in (1, 5)),
+    *(Case("a", "maml", t) for t in (10, 50)),
+    *(Case("a", "imaml", t, 2.0) for t in (5, 50)),
+    Case("b32", "memory_reduced", 20, 2.0),
+    Case("b32", "memory_reduced", 20, 8.0, "recomputed"),
+    Case("b32", "anil", 20),
+    Case("b32", "anil", 20, None, "recomputed"),
+    Case("b32", "itd_bio", 20),
+    Case("b32", "itd_bio", 20, None, "recomputed"),
+    Case("b84", "memory_reduced", 20),
+]
+"""All of them. A formulation "recomputed" is that of the peers: ours computes features once."""
+
+QUICK = ["a:maml:1", "b32:memory_reduced:20"]
+PATIENCE = 8.0
+"""Seconds of measuring after which one contestant is not measured again."""
+
+
+def contestants(case: Case, tasks: int) -> tuple[dict[str, Step], str]:
+    """Name -> its meta-step; and the name of ours that must find the same numbers as the peers."""
+    from benchmarks.peers import libraries, pytorch
+
+    workload = WORKLOADS[case.workload]
+    workload = workload if case.workload == "a" else workload._replace(tasks=tasks)
+    network, batch = workload.network(), jax.jit(workload.batch)()
+    params = network.init(jax.random.key(0))
+    mesh = task_mesh() if jax.device_count() > 1 else None
+
+    def own(method: str) -> Step:
+        return ours(learner(network, method, case.steps), params, batch, mesh)
+
+    name = f"{case.method}, {case.formulation}" if case.formulation else case.method
+    reference = f"memmeta, {case.formulation}" if case.formulation else "memmeta"
+    found = {"memmeta": own(case.method)}
+    if case.method == "imaml":  # the others estimate no error
+        found["memmeta, with error estimate"] = found["memmeta"]
+        found["memmeta"] = own("imaml, no estimate")
+    if case.formulation:
+        found[reference] = own(name)
+    for label, last in (("PyTorch", False), ("PyTorch, channels last", True)):
+        plain = pytorch.METHODS[name]
+        found[label] = pytorch.meta_step(plain, params, batch, case.steps, last)
+    for label, method in libraries.available()[0].get(name, {}).items():
+        found[label] = pytorch.meta_step(method, params, batch, case.steps, False)
+    return found, reference
+
+
+def ours(made: Learner, params: Any, batch: Any, mesh: Mesh | None) -> Step:
+    """The library's meta-step from given parameters."""
+    step = meta_step(made, 1, mesh)
+    theta = jax.eval_shape(made.init, jax.random.key(0))
+    kept = [step.init({part: params[part] for part in theta})]
+    placed = spread(batch, mesh)
+
+    def one() -> tuple[float, float]:
+        kept[0], metrics = step(kept[0], placed)
+        return float(metrics.loss), float(metrics.gradient_norm)
+
+    return one
+
+
+def measure(case: Case, options: argparse.Namespace) -> list[Row]:
+    """The rows of one comparison."""
+    steps, reference = contestants(case, options.tasks)
+    steps = {name: step for name, step in steps.items() if name not in options.without}
+    first = {name: step() for name, step in steps.items()}
+    seconds = in_turn(steps, options.repeats, options.cpu_time, PATIENCE)
+    rows = []
+    for name, found in first.items():
+        apart = max(abs(a - b) / abs(b) for a, b in zip(found, first[reference], strict=True))
+        same = apart <= case.tolerance or (name == "memmeta" and bool(case.formulation))
+        median = float(np.median(seconds[name]))
+        row: Row = {"case": case.name, "who": name, "loss": found[0], "gradient": found[1]}
+        row |= {"same": "yes" if same else f"NO ({apart:.1e})", "median s": median}
+        row |= {"from": seconds[name].min(), "to": seconds[name].max()}
+        rows.append(row | {"over ours": median / float(np.median(seconds["memmeta"]))})
+    return rows
+
+
+def work(options: argparse.Namespace) -> None:
+    """In a process of its own, bound to its cores: measure, and print rows as JSON."""
+    import torch
+
+    torch.set_num_threads(jax.device_count())
+    for case in chosen(options):
+        for row in measure(case, options):
+            print(json.dumps({"cores": jax.device_count(), **row}), flush=True)
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    """The comparisons asked for."""
+    names = options.only or (QUICK if options.quick else [case.name for case in CASES])
+    known = {case.name: case for case in CASES}
+    return [known[name] for name in names]
+
+
+def in_process(arguments: list[str], cores: int) -> list[Row]:
+    """Run `work` on so many cores; its rows, which are shown as they come."""
+    rows = []
+    for row in bound_process(MODULE, arguments, cores, cores, Path(".jax_cache").absolute()):
+        rows.append(row)
+        print(*row.values(), file=sys.stderr, flush=True)
+    return rows
+
+
+def ratios(rows: list[Row], cases: list[Case]) -> list[Row]:
+    """For each case: the fastest peer that found the same, over ours."""
+    found = []
+    for case in cases:
+        row: Row = {"case": case.name, "aim": case.aim or ""}
+        for cores in sorted({r["cores"] for r in rows}):
+            here = [r for r in rows if (r["case"], r["cores"]) == (case.name, cores)]
+            peers = [r for r in here if r["same"] == "yes" and not r["who"].startswith("memmeta")]
+            if peers:
+                best = min(peers, key=lambda r: r["median s"])
+                row[f"{cores} cores"] = round(best["over ours"], 2)
+                row[f"fastest peer, {cores}"] = best["who"]
+                row[f"s, {cores}"] = round(best["median s"], 3)
+                row[f"ours s, {cores}"] = round(best["median s"] / best["over ours"], 3)
+        found.append(row)
+    return found
+
+
+def picture(table: list[Row], path: Path) -> None:
+    """The fastest peer's time over ours, and a mark at each aim."""
+    names = [key for key in table[0] if key.endswith(" cores")]
+    bars = {name: [row.get(name, np.nan) for row in table] for name in names}
+    aims = [(row["aim"], place) for place, row in enumerate(table) if row["aim"]]
+    with pictures.panels(path, size=(9, 0.4 * len(table) + 1.2)) as (axes,):
+        axes.plot([aim for aim, _ in aims], [at for _, at in aims], "k|", ms=18, label="aim")
+        axes.axvline(1, color="0.6", linewidth=1)
+        axes.set(xscale="log", xlabel="time of the fastest peer over ours")
+        pictures.bars(axes, [row["case"] for row in table], bars)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure with each number of cores in turn; print, write, draw."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser(__doc__, "peers", quick=f"only {', '.join(QUICK)}", repeats=5)
+    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES])
+    parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="and threads")
+    parser.add_argument("--tasks", type=int, default=8, help="of workloads b, default 8")
+    parser.add_argument("--without", nargs="+", default=[], help="peers to leave out, by name")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if importlib.util.find_spec("torch") is None:
+        print("peers: left out, PyTorch is not installed (pip install 'memmeta[peers]')")
+        return
+    if options.worker:
+        return work(options)
+    from benchmarks.peers import libraries
+
+    print("\n".join(libraries.available()[1]))
+    rows = [row for cores in options.cores for row in in_process(arguments, cores)]
+    show("Seconds a meta-step", rows)
+    table = ratios(rows, chosen(options))
+    show("Time of the fastest peer over ours", table)
+    write(options.out / "peers.json", {"rows": rows, "ratios": table})
+    picture(table, options.out / "peers.png")
+
+
+if __name__ == "__main__":
+    main()

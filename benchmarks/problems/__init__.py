@@ -1,0 +1,1 @@
+"""Tasks and networks that the benchmarks are run on."""
