@@ -1,21 +1,31 @@
-"""Set-up of all tests: annotations checked, a compilation cache, several simulated devices."""
+"""Set-up of all tests: annotations checked, a compilation cache, several simulated devices.
+
+With MEMMETA_TESTS=plain annotations are not checked and XLA optimises as it does by default: the
+library then runs, and refuses wrong arguments, as it does for a user.
+"""
 
 import os
 import pathlib
 from importlib.metadata import version
 
-# Most of the tests' time is the compiler's, and small arrays need no optimised code.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and abort
+from typechecker import PLAIN
+
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if not PLAIN:
+    # Most of the tests' time is the compiler's, and small arrays need no optimised code.
+    FLAGS.append("--xla_backend_optimization_level=0")
+    if version("jaxlib").startswith("0.10."):
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and abort
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
-from jaxtyping import install_import_hook
+if not PLAIN:
+    from jaxtyping import install_import_hook
 
-install_import_hook("memmeta", "typechecker.check")
+    install_import_hook("memmeta", "typechecker.check")
 
+import chex
 import jax
 import pytest
 
@@ -29,3 +39,9 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_traces_yet():
+    """Let `chex.assert_max_traces` count each test's own."""
+    chex.clear_trace_counter()

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 import memmeta as mm
 
@@ -189,8 +190,8 @@ EXAMPLES = {
 
 def exact_hypergradient(example, steps=30):
     """The implicit function theorem written out: dense Hessians at a solution to rounding."""
-    flat, unravel = mm.trees.ravel(example.theta)
-    start, unravel_phi = mm.trees.ravel(example.problem.init(example.theta))
+    flat, unravel = ravel_pytree(example.theta)
+    start, unravel_phi = ravel_pytree(example.problem.init(example.theta))
     problem = example.problem
 
     def one_task(task):
@@ -209,7 +210,7 @@ def exact_hypergradient(example, steps=30):
 
         inner = mm.InnerLoop(mm.inner.newton(None), steps=steps)
         phi = inner(problem, unravel_phi(start), context(flat))
-        phi, _ = jax.lax.scan(newton, mm.trees.ravel(phi)[0], length=3)
+        phi, _ = jax.lax.scan(newton, ravel_pytree(phi)[0], length=3)
         by_phi, by_theta = jax.grad(outer, argnums=(0, 1))(phi, flat)
         hessian, mixed = jax.jacfwd(slope, argnums=(0, 1))(phi, flat)
         return by_theta - mixed.T @ jnp.linalg.solve(hessian, by_phi)

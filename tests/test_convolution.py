@@ -1,58 +1,123 @@
-"""The convolution and the pool against XLA's own, in float64, to the second derivative."""
+"""Convolutional bodies against the same networks in XLA's own operations, to second derivatives."""
 
+import functools
+from typing import NamedTuple
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from assertions import relative_error
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from memmeta.models import _convolution_forms as forms
-from memmeta.models._convolution import conv
-from memmeta.models._pooling import max_pool
-
-SHAPES = [  # examples, height, width, channels, kernel rows, kernel columns, filters
-    (2, 5, 4, 3, 3, 3, 2),
-    (7, 2, 7, 1, 3, 3, 4),
-    (7, 2, 2, 3, 3, 3, 2),
-    (2, 6, 5, 2, 5, 3, 2),
-    (2, 4, 4, 3, 1, 1, 5),
-]
+from memmeta.models import conv4, resnet12
 
 
-@pytest.fixture(autouse=True)
-def few_positions(monkeypatch):
-    """Let small test images be summed in several chunks."""
-    monkeypatch.setattr(forms, "POSITIONS", 16)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-def reference(images, kernel):
+def plain_conv(images, kernel):
     return lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def draw(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+def plain_batch_norm(images, scale, bias, weights):
+    """By the weighted mean and variance over examples and positions."""
+    share = (weights / jnp.maximum(weights.sum(), 1)).astype(images.dtype)
+    mean = share @ images.mean((1, 2))
+    variance = share @ jnp.square(images - mean).mean((1, 2))
+    return scale * (images - mean) / jnp.sqrt(variance + 1e-5) + bias
 
 
-def assert_same(found, expected):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected
-    )
+def plain_max_pool(images):
+    return lax.reduce_window(images, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
-def derivatives(function, primals, tangents):
+def plain_conv4(params, images, weights, round_up):
+    for block in params.values():
+        images = plain_batch_norm(
+            plain_conv(images, block["kernel"]), block["scale"], block["bias"], weights
+        )
+        if round_up:
+            odd = [(0, 0), *((0, side % 2) for side in images.shape[1:3]), (0, 0)]
+            images = jnp.pad(images, odd, mode="edge")
+        images = plain_max_pool(jax.nn.relu(images))
+    return images.reshape(len(images), -1)
+
+
+def plain_resnet12(params, images, weights):
+    for block in params.values():
+
+        def convolved(images, number, block=block):
+            norm = block[f"BatchNorm_{number}"]
+            hidden = plain_conv(images, block[f"Conv_{number}"]["kernel"])
+            return plain_batch_norm(hidden, norm["scale"], norm["bias"], weights)
+
+        hidden = images
+        for number in (1, 2):
+            hidden = jax.nn.leaky_relu(convolved(hidden, number), 0.1)
+        images = plain_max_pool(convolved(hidden, 3) + convolved(images, 0))
+        images = jax.nn.leaky_relu(images, 0.1)
+    return images.mean((1, 2))
+
+
+class Case(NamedTuple):
+    """A network and its plain form: examples, image shape, filters."""
+
+    examples: int
+    shape: tuple[int, int, int]
+    filters: int
+    depth: int = 1
+    round_up: bool = False
+
+    def both(self, dtype=jnp.float64):
+        options = {"image_shape": self.shape, "depth": self.depth, "round_up": self.round_up}
+        network = conv4(2, width=self.filters, dtype=dtype, **options)
+        return network, functools.partial(plain_conv4, round_up=self.round_up)
+
+
+class Residual(Case):
+    """The same of a ResNet."""
+
+    def both(self, dtype=jnp.float64):
+        widths = (self.filters,) * self.depth
+        return resnet12(2, widths=widths, image_shape=self.shape, dtype=dtype), plain_resnet12
+
+
+CASES = {
+    "small": Case(3, (5, 4, 3), 2),
+    "rounded up": Case(3, (5, 7, 2), 3, round_up=True),
+    "one channel": Case(7, (2, 6, 1), 4),
+    "images in several chunks": Case(7, (16, 16, 3), 4),
+    "statistics of the patches, in several chunks": Case(7, (32, 32, 1), 10),
+    "two blocks": Case(2, (8, 9, 1), 10, depth=2),
+    "residual": Residual(3, (6, 4, 3), 4),
+}
+
+
+def drawn(case, dtype=jnp.float64, offset=0.0):
+    """Parameters of both signs, images, and weights that leave an example out."""
+    network, _ = case.both(dtype)
+    params = network.init(jax.random.key(0))["body"]
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
+    drawn = [jax.random.normal(k, x.shape, dtype) for k, x in zip(keys[1:], leaves, strict=True)]
+    images = offset + jax.random.normal(keys[0], (case.examples, *case.shape), dtype)
+    weights = jnp.ones(case.examples, jnp.float32).at[1].set(0).at[0].set(2)
+    return jax.tree.unflatten(structure, drawn), images, weights
+
+
+def derivatives(function, primals):
     """Value, gradient, and the Hessian-vector product in two orders of the modes."""
+    tangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)), primals)
+    tangents = jax.tree.map(lambda t, x: t.reshape(x.shape), tangents, primals)
 
     def gradient(*primals):
         return jax.grad(lambda *p: jnp.sum(jnp.sin(function(*p)) ** 2), (0, 1))(*primals)
 
     def along_tangents(*primals):
-        return sum(jnp.vdot(g, t) for g, t in zip(gradient(*primals), tangents, strict=True))
+        products = jax.tree.map(jnp.vdot, gradient(*primals), tangents)
+        return sum(jax.tree.leaves(products))
 
     return (
         function(*primals),
@@ -62,88 +127,115 @@ def derivatives(function, primals, tangents):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_conv_and_its_derivatives_equal_xlas(x64, shape):
-    examples, height, width, channels, rows, columns, filters = shape
-    primals = (draw((examples, height, width, channels)), draw((rows, columns, channels, filters)))
-    tangents = jax.tree.map(lambda x: draw(x.shape, 2), primals)
+def narrow(function):
+    """With features in float32, as bodies give them."""
+    return lambda *arguments: function(*arguments).astype(jnp.float32)
+
+
+def assert_same(found, expected, tolerance=1e-5):
+    """Each derivative as a whole: features are float32, everything before them float64."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bodies_and_their_derivatives_equal_xlas(x64, name):
+    network, plain = CASES[name].both()
+    params, images, weights = drawn(CASES[name])
     found, expected = (
-        jax.jit(lambda f=f: derivatives(f, primals, tangents))() for f in (conv, reference)
+        jax.jit(lambda p, x, f=f: derivatives(lambda p, x: f(p, x, weights), (p, x)))(
+            params, images
+        )
+        for f in (network.body, narrow(plain))
     )
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (1, 3)])
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
 def test_under_vmap_and_its_derivatives(x64, axes):
-    primals = (draw((3, 2, 5, 4, 2)), draw((3, 3, 3, 2, 4)))
-    if axes == (1, 3):
-        primals = (jnp.moveaxis(primals[0], 0, 1), jnp.moveaxis(primals[1], 0, 3))
-    primals = tuple(x if i is not None else x[0] for x, i in zip(primals, axes, strict=True))
-    tangents = jax.tree.map(lambda x: draw(x.shape, 2), primals)
-    found, expected = (
-        jax.jit(lambda f=f: derivatives(jax.vmap(f, axes), primals, tangents))()
-        for f in (conv, reference)
-    )
-    assert_same(found, expected)
+    """One kernel for all tasks, or each its own."""
+    case = CASES["small"]
+    network, plain = case.both()
+    params, images, weights = drawn(case)
+    spread = lambda x: jnp.stack([x, 2 * x, x - 1])  # noqa: E731
+    params = jax.tree.map(spread, params) if axes[0] == 0 else params
+    images = spread(images) if axes[1] == 0 else images
+
+    def both_orders(body):
+        every = jax.vmap(lambda p, x: body(p, x, weights), axes)
+        return jax.jit(lambda p, x: derivatives(every, (p, x)))(params, images)
+
+    assert_same(both_orders(network.body), both_orders(narrow(plain)))
 
 
-def test_gradient_per_task_and_nested_vmap(x64):
-    images, kernels = draw((2, 3, 2, 5, 4, 2)), draw((3, 3, 3, 2, 2))
-
-    def gradients(function):
-        def one(images, kernel):
-            return jax.grad(lambda k: jnp.sum(jnp.sin(function(images, k))))(kernel)
-
-        shared = jax.vmap(jax.vmap(one, (0, None)), (0, None))(images, kernels[0])
-        return shared, jax.vmap(jax.vmap(one), (0, None))(images, kernels)
-
-    assert_same(jax.jit(lambda: gradients(conv))(), jax.jit(lambda: gradients(reference))())
-
-
-def test_forms_of_both_platforms_agree(x64):
-    images, kernels = draw((3, 5, 6, 4, 2)), draw((3, 3, 5, 2, 4))
-    cotangents = draw((3, 5, 6, 4, 4), 1)
-
-    @jax.jit
-    def cpu():
-        gradient = forms.kernel_gradient_in_turn(images, cotangents, (3, 5))
-        return forms.convolve_in_turn(images, kernels), gradient
-
-    @jax.jit
-    def others():
-        gradient = forms.kernel_gradient_together(images, cotangents, (3, 5))
-        return forms.convolve_together(images, kernels), gradient
-
-    assert_same(cpu(), others())
+@pytest.mark.parametrize("name", ["statistics of the patches, in several chunks", "small"])
+def test_bright_images_lose_no_digits(name):
+    """A mean of 300 against a spread of 1: squares in float32 hold five digits of it."""
+    network, _ = CASES[name].both(jnp.float32)
+    params, images, weights = drawn(CASES[name], jnp.float32, offset=300.0)
+    found = jax.jit(network.body)(params, images, weights)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params, images))
+        expected = CASES[name].both()[1](*wide, weights)
+    assert relative_error(found.astype(np.float64), np.asarray(expected)) < 1e-3
 
 
-def test_shared_kernel_gradient_builds_no_kernel_per_task():
-    tasks, kernel = 7, jnp.ones((3, 3, 2, 4))
-    images = jnp.ones((tasks, 2, 6, 6, 2))
+def test_statistics_in_half_precision_are_summed_wide():
+    """The error is that of rounding inputs, kernel and result, whatever the number of summands."""
+    case = Case(6, (24, 24, 1), 16)
+    network, plain = case.both(jnp.bfloat16)
+    params, images, weights = drawn(case, jnp.bfloat16, offset=3.0)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, images))
+    found = jax.jit(network.body)(wide[0], images, weights)
+    assert relative_error(found, jax.jit(plain)(*wide, weights)) < 2 * jnp.finfo(jnp.bfloat16).eps
 
-    def loss(kernel):
-        return jnp.mean(jax.vmap(lambda x: jnp.sum(conv(x, kernel) ** 2))(images))
 
-    assert "7,3,3,2,4" not in str(jax.make_jaxpr(jax.grad(loss))(kernel))
-    text = jax.jit(jax.grad(loss)).lower(kernel).compile().as_text()
+def test_a_shared_kernels_gradient_builds_no_kernel_per_task():
+    tasks, network = 7, conv4(2, width=4, image_shape=(6, 6, 2), depth=1)
+    images, weights = jnp.ones((tasks, 2, 6, 6, 2)), jnp.ones(2)
+    params = network.init(jax.random.key(0))["body"]
+
+    def loss(params):
+        each = jax.vmap(lambda x: jnp.sum(network.body(params, x, weights) ** 2))
+        return jnp.mean(each(images))
+
+    assert "7,3,3,2,4" not in str(jax.make_jaxpr(jax.grad(loss))(params))
+    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
     for shape in ("[7,3,3,2,4]", "[7,2,3,3,4]", "[7,18,4]", "[7,4,18]"):
         assert shape not in text
 
 
+def temporary_bytes(network, images):
+    """Of the gradient of a sum of squares of the features."""
+    params, weights = network.init(jax.random.key(0))["body"], jnp.ones(len(images))
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(network.body(p, images, weights) ** 2)))
+    return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_no_patches_are_stored_for_the_backward_pass():
-    images, kernel = jnp.ones((64, 16, 16, 8)), jnp.ones((3, 3, 8, 8))
-    gradient = jax.jit(jax.grad(lambda k: jnp.sum(conv(images, k) ** 2)))
-    temporary = gradient.lower(kernel).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 3 * images.nbytes  # patches alone would be 9
+    images = jnp.ones((64, 16, 16, 8))
+    network = conv4(2, width=8, image_shape=images.shape[1:], depth=1)
+    assert temporary_bytes(network, images) < 9 * images.nbytes  # the patches alone
+
+
+def test_a_block_of_few_channels_keeps_nothing_the_size_of_its_convolution():
+    images = jnp.ones((40, 32, 32, 1))
+    network = conv4(2, width=16, image_shape=images.shape[1:], depth=1)
+    assert temporary_bytes(network, images) < 16 * images.nbytes
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     mesh = jax.make_mesh((2,), ("tasks",), axis_types=(jax.sharding.AxisType.Auto,))
-    images, kernel = draw((4, 3, 5, 4, 2)), draw((3, 3, 2, 3))
+    case = CASES["small"]
+    network, _ = case.both(jnp.float32)
+    params, images, weights = drawn(case, jnp.float32)
+    images = jnp.stack([images, -images, 2 * images, images + 1])
 
-    def loss(kernel, images):
-        return jnp.mean(jax.vmap(lambda x: jnp.mean(jnp.sin(conv(x, kernel))))(images))
+    def loss(params, images):
+        each = jax.vmap(lambda x: jnp.mean(jnp.sin(network.body(params, x, weights))))
+        return jnp.mean(each(images))
 
     @jax.shard_map(
         mesh=mesh,
@@ -151,37 +243,8 @@ def test_inside_shard_map(check_vma):
         out_specs=PartitionSpec(),
         check_vma=check_vma,
     )
-    def sharded(kernel, images):
-        return lax.pmean(loss(kernel, images), "tasks")
+    def sharded(params, images):
+        return lax.pmean(loss(params, images), "tasks")
 
-    found = jax.jit(jax.grad(sharded))(kernel, images)
-    np.testing.assert_allclose(found, jax.jit(jax.grad(loss))(kernel, images), atol=1e-6)
-
-
-def test_even_kernel_is_refused():
-    with pytest.raises(ValueError, match="kernel: height and width must be odd, found 2x3"):
-        conv(jnp.ones((1, 4, 4, 1)), jnp.ones((2, 3, 1, 1)))
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 5, 7, 2), (1, 3, 2, 1)])
-def test_max_pool_and_its_derivatives_equal_xlas(x64, shape):
-    images = draw(shape)
-
-    def windows(images):
-        return lax.reduce_window(images, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-
-    primals = (images, jnp.ones(shape[-1]))
-    tangents = jax.tree.map(lambda x: draw(x.shape, 2), primals)
-    found, expected = (
-        jax.jit(lambda f=f: derivatives(lambda x, s: f(x) * s, primals, tangents))()
-        for f in (max_pool, windows)
-    )
-    assert_same(found, expected)
-
-
-def test_max_pool_shares_the_derivative_among_equals():
-    gradient = jax.grad(lambda x: max_pool(x).sum())
-    ties = jnp.asarray([[2.0, 2.0], [1.0, 2.0]]).reshape(1, 2, 2, 1)
-    np.testing.assert_allclose(gradient(ties).ravel(), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
-    np.testing.assert_allclose(gradient(jnp.zeros((1, 2, 2, 1))).ravel(), [0.25] * 4)
-    assert jnp.isnan(gradient(ties.at[0, 0, 0, 0].set(jnp.nan))).any()
+    found, expected = (jax.jit(jax.grad(f))(params, images) for f in (sharded, loss))
+    chex.assert_trees_all_close(found, expected, atol=1e-6)

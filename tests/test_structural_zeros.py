@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
+from assertions import refused
 
 import memmeta as mm
 from memmeta.hypergradient import ESTIMATORS
@@ -33,7 +35,7 @@ def learned_rate():
 
     def update(problem, params, state, context, step, key):
         gradient = jax.grad(problem.inner_loss)(params, context)
-        return params - context[0]["rate"] * gradient, state, mm.trees.norm(gradient)
+        return params - context[0]["rate"] * gradient, state, optax.tree.norm(gradient)
 
     return mm.inner.InnerSolver(lambda problem, params, context: (), update)
 
@@ -110,23 +112,17 @@ def test_estimators_for_heads_say_so():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "name", "message"),
     [
-        (
-            lambda h: h.unrolled("some"),
-            "remat: expected one of .none., .step., .sqrt., .recursive.",
-        ),
-        (lambda h: h.truncated(0), "last: expected a whole number, 1 or more, below 2³¹, found 0"),
-        (
-            lambda h: h.forward_mode(0),
-            "directions: expected a whole number, 1 or more, below 2³¹, found 0",
-        ),
-        (lambda h: h.evolution_strategies(4, scale=0.0), "scale: expected a finite number above 0"),
-        (lambda h: h.finite_difference(4, scale=-1.0), "scale: expected a finite number above 0"),
-        (lambda h: h.hessian_free(0.0), "scale: expected a finite number above 0"),
-        (lambda h: h.sample_space("all"), "differentiate: expected one of .steps., .solution."),
+        (lambda h: h.unrolled("some"), "remat", "expected one of 'none', 'step', 'sqrt', 'recurs"),
+        (lambda h: h.truncated(0), "last", "expected a whole number, 1 or more, below 2³¹, found 0"),
+        (lambda h: h.forward_mode(0), "directions", "expected a whole number, 1 or more, below 2³¹"),
+        (lambda h: h.evolution_strategies(4, scale=0.0), "scale", "expected a finite number above"),
+        (lambda h: h.finite_difference(4, scale=-1.0), "scale", "expected a finite number above 0"),
+        (lambda h: h.hessian_free(0.0), "scale", "expected a finite number above 0, found 0.0"),
+        (lambda h: h.sample_space("all"), "differentiate", "expected one of 'steps', 'solution'"),
     ],
 )
-def test_bad_options_are_named(make, message):
-    with pytest.raises(Exception, match=f"(?s){message}|Literal"):
+def test_bad_options_are_named(make, name, message):
+    with refused(name, message):
         make(mm.hypergradient)

@@ -51,8 +51,10 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
         def body(carry: tuple, _: None) -> tuple[tuple, None]:
             x, r, rr, largest, smallest, count = carry
             image = operator.product(r)
+            # of a residual that is rounding alone, squares underflow and show a curvature of zero
+            seen = rr > jnp.finfo(rr.dtype).eps ** 2
             smallest = jnp.where(
-                rr > 0, jnp.minimum(smallest, operator.curvature(r, dot(r, image))), smallest
+                seen, jnp.minimum(smallest, operator.curvature(r, dot(r, image))), smallest
             )
             proposal = axpy(-1 / largest, image, r)
             length = dot(proposal, proposal)

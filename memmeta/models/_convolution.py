@@ -54,6 +54,10 @@ def conv(
         >>> from memmeta.models._convolution import conv
         >>> conv(jnp.ones((2, 5, 5, 3)), jnp.ones((3, 3, 3, 8))).shape
         (2, 5, 5, 8)
+        >>> conv(jnp.ones((1, 4, 4, 1)), jnp.ones((2, 3, 1, 1)))
+        Traceback (most recent call last):
+        ValueError: kernel: height and width must be odd, found 2x3; pad the kernel with a row or \
+column of zeros
     """
     rows, columns = kernel.shape[:2]
     if rows % 2 == 0 or columns % 2 == 0:

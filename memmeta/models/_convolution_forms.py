@@ -48,7 +48,16 @@ def convolve_together(images: Images, kernels: Kernels) -> Cotangents:
 
 
 def convolve_in_turn(images: Images, kernels: Kernels) -> Cotangents:
-    """One task after the other: grouped convolutions are slow on a CPU."""
+    """One task after the other: grouped convolutions are slow on a CPU.
+
+    Example:
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> images = jax.random.normal(keys[0], (3, 5, 6, 4, 3))
+        >>> kernels = jax.random.normal(keys[1], (3, 3, 5, 3, 4))
+        >>> found, same = convolve_in_turn(images, kernels), convolve_together(images, kernels)
+        >>> bool(jnp.allclose(found, same, atol=1e-5))
+        True
+    """
     channels, filters = kernels.shape[-2:]
     if channels > 1 and channels % 2 and filters <= FEW_FILTERS:
         images, kernels = _with_zeros(images, -1, 1), _with_zeros(kernels, -2, 1)
@@ -74,7 +83,17 @@ def kernel_gradient_together(
 def kernel_gradient_in_turn(
     images: Images, cotangents: Cotangents, window: tuple[int, int]
 ) -> Kernels:
-    """One task after the other, each a few images at a time."""
+    """One task after the other, each a few images at a time.
+
+    Example:
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> images = jax.random.normal(keys[0], (2, 7, 16, 16, 2))
+        >>> cotangents = jax.random.normal(keys[1], (2, 7, 16, 16, 4))
+        >>> found = kernel_gradient_in_turn(images, cotangents, (3, 5))
+        >>> same = kernel_gradient_together(images, cotangents, (3, 5))
+        >>> bool(jnp.allclose(found, same, atol=1e-3))
+        True
+    """
     return _in_turn(
         lambda x, g: _kernel_gradient_by_chunks(x, g, window), images, cotangents
     ).astype(images.dtype)

@@ -24,6 +24,8 @@ def images_at_a_time(examples: int, height_times_width: int, positions: int) -> 
     Example:
         >>> images_at_a_time(75, 28 * 28, 3072), images_at_a_time(5, 28 * 28, 3072)
         (5, 5)
+        >>> images_at_a_time(7, 8, 16), images_at_a_time(11, 2, 16), images_at_a_time(1, 99, 16)
+        (2, 11, 1)
     """
     target = min(examples, max(2, positions // height_times_width))
     near = range(min(examples, 2 * target), target // 2, -1)

@@ -25,6 +25,12 @@ def batch_statistics(
 
     Returns:
         Mean and variance; zeros if all weights are zero.
+
+    Example:
+        >>> inputs = 3e4 + jnp.array([[0.0], [1.0], [2.0], [50.0]])
+        >>> mean, variance = batch_statistics(inputs, jnp.array([2.0, 0.0, 2.0, 0.0]))
+        >>> mean.tolist(), variance.tolist()
+        ([30001.0], [1.0])
     """
     positions = tuple(range(1, inputs.ndim - 1))
     wide = inputs.astype(at_least_float32(inputs.dtype))
