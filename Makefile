@@ -1,5 +1,5 @@
 # make train  meta-trains the paper's method on glyphs      make test  runs the tests
-# make lint   formatter, linter, type checker, import rules make clean removes what the others made
+# make lint   formatter, linter, types, imports, workflows  make clean removes what the others made
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
 # make test-slow    the tests that take minutes: runs killed again and again, several processes, notebooks
@@ -49,11 +49,12 @@ regress: $(READY)
 	@$(BIN)/python -m benchmarks.regress
 
 lint: $(READY)
-	@echo "memmeta: formatter, linter, type checker, import rules"
+	@echo "memmeta: formatter, linter, type checker, import rules, workflows"
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/zizmor --offline --quiet --strict-collection .
 
 format: $(READY)
 	@$(BIN)/ruff format .

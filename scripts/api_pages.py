@@ -1,8 +1,10 @@
 """Docs: `::: all of PACKAGE` on a page stands for every public name of that package."""
 
+import ast
 import importlib
 import inspect
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,21 @@ def entries(package: str) -> str:
 def first_line(module: Any, name: str) -> str:
     """What a public name's docstring says first; of a value, the text below it in its file."""
     value = getattr(module, name)
-    if inspect.isclass(value) or inspect.isfunction(value):
-        return (inspect.getdoc(value) or "").partition("\n")[0].replace("|", "\\|")
+    documented = inspect.isclass(value) or inspect.isfunction(value)
+    text = inspect.getdoc(value) if documented else text_below(module, name)
+    if not text:
+        raise ValueError(f"{module.__name__}.{name}: expected a docstring, found none")
+    return " ".join(text.partition("\n\n")[0].split()).replace("|", "\\|")
+
+
+def text_below(module: Any, name: str) -> str | None:
+    """The string that stands below the assignment of a name in one of a package's files."""
     for path in Path(module.__file__).parent.glob("*.py"):
-        found = re.search(rf'^{name}\b.*?^"""(.*?)(\n|""")', path.read_text(), re.M | re.S)
-        if found:
-            return found[1].replace("|", "\\|")
-    return ""
+        for statement, following in pairwise(ast.parse(path.read_text(encoding="utf-8")).body):
+            match statement, following:
+                case (
+                    ast.AnnAssign(ast.Name(found)) | ast.Assign([ast.Name(found)]),
+                    ast.Expr(ast.Constant(str(text))),
+                ) if found == name:
+                    return text
+    return None

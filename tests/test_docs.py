@@ -8,15 +8,20 @@ import re
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
-import memmeta
+import memmeta as mm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+ALL_OF = re.compile(r"^::: all of ([\w.]+)$", re.MULTILINE)
 RUNNABLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -37,7 +42,7 @@ def site(tmp_path_factory):
 
 def public_names():
     """(module, name) for all that a module without an underscore lists in its `__all__`."""
-    modules = [m.name for m in pkgutil.walk_packages(memmeta.__path__, "memmeta.")]
+    modules = [m.name for m in pkgutil.walk_packages(mm.__path__, "memmeta.")]
     for path in ["memmeta", *(m for m in modules if "._" not in m)]:
         module = importlib.import_module(path)
         for name in module.__all__:
@@ -54,6 +59,19 @@ def test_every_public_name_has_an_entry(site):
         homes.setdefault((name, id(value)), set()).add(f"{package}.{name}")
     missing = [names for names in homes.values() if not names & entries]
     assert not missing, f"not on any page of docs/api: {missing}"
+
+
+def test_a_public_name_has_one_entry():
+    """The rooms on the pages of docs/api, each once, share no name and leave none out."""
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    rooms = [room for page in pages for room in ALL_OF.findall(page.read_text(encoding="utf-8"))]
+    entries = Counter(
+        (name, id(value))
+        for room in map(importlib.import_module, rooms)
+        for name, value in vars(room).items()
+        if name in room.__all__ and not inspect.ismodule(value)
+    )
+    assert set(entries.values()) == {1}, [entry for entry, times in entries.items() if times > 1]
 
 
 class Loaded(HTMLParser):
@@ -101,3 +119,41 @@ def test_the_map_names_what_exists():
     for name in re.findall(r"^\|([^|]*)\|", rooms, re.MULTILINE):
         for room in re.findall(r"`(\w+)`", name):
             assert importlib.util.find_spec(f"memmeta.{room}"), room
+
+
+def files_run_by(function, *arguments):
+    """The files below memmeta/ of which a function of Python is called while this one runs."""
+    home, files = str(ROOT / "memmeta"), set()
+
+    def record(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(home):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    sys.setprofile(record)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return files
+
+
+def test_the_walk_is_that_of_a_meta_step():
+    """docs/design.md names the files that run when a meta-step is traced, in at most 12 stops."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    walk = page.partition("## One meta-step, file by file")[2].partition("\n## ")[0]
+    stops = re.findall(r"^\| (\d+) \| `(memmeta/[\w/.]+)` \|", walk, re.MULTILINE)
+    assert [int(number) for number, _ in stops] == list(range(1, len(stops) + 1))
+    assert len(stops) <= 12
+
+    problem = mm.Problem(
+        embed=lambda theta, task: (theta, task),
+        inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0] - c[1]) ** 2),
+        outer_loss=lambda phi, c: (0.5 * jnp.sum(phi**2), {}),
+        init=jnp.zeros_like,
+    )
+    inner = mm.InnerLoop(optax.sgd(0.1), steps=20)
+    step = mm.make_meta_step(problem, inner, mm.hypergradient.implicit(), optax.sgd(0.1))
+    state, tasks = step.init(jnp.zeros(2)), jnp.ones((3, 2))
+    assert files_run_by(jax.eval_shape, step.update, state, tasks) == set(
+        re.findall(r"`(memmeta/[\w/.]+\.py)`", walk)
+    )

@@ -33,7 +33,6 @@ class Source(NamedTuple):
     load: Callable[[str, str, Path | None], Split | HostDataset]
 
 
-# Adding a data set is one file and one line here.
 SOURCES = [
     Source("glyphs", lambda _, split, data_dir: glyphs.load_glyphs(split, data_dir)),
     Source("tides", lambda _, split, data_dir: tides.load_tides(split, data_dir)),
@@ -48,6 +47,7 @@ SOURCES = [
     Source("folder", folders.load_folder),
     Source("folder:", folders.load_folder),
 ]
+"""Every data set, by name; adding one is one file and one line here."""
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ Name: TypeAlias = Literal[
     "r2d2",
     "protonet",
 ]
+"""The methods' names, as the command line takes them."""
 
 METHODS: dict[Name, Callable[..., Learner]] = {
     "memory_reduced": memory_reduced,
