@@ -11,7 +11,7 @@ from memmeta.few_shot._head import HeadContext, HeadParams, augmented
 
 
 def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
-    r"""The minimiser of `squared_inner_loss` in closed form, in the smaller of the two spaces.
+    r"""The minimiser of the squared inner loss in closed form, in the smaller of the two spaces.
 
     $$\Phi^* = \tilde X^\top S^{1/2}
       (S^{1/2} \tilde X \tilde X^\top S^{1/2} + \text{ridge}\, I)^{-1} S^{1/2} Y,
@@ -31,8 +31,9 @@ def ridge_solution(context: HeadContext, ridge: Any, ways: int) -> HeadParams:
         >>> context = HeadContext(jnp.eye(2), jnp.arange(2), jnp.eye(2), jnp.arange(2))
         >>> params = ridge_solution(context, 0.1, ways=2)
         >>> from memmeta import trees
-        >>> from memmeta.few_shot import squared_inner_loss
-        >>> gradient = jax.grad(squared_inner_loss)(params, context, 0.1)
+        >>> from memmeta.few_shot import squared_problem
+        >>> problem = squared_problem(lambda theta, batch: batch, lambda theta: params, 0.1)
+        >>> gradient = jax.grad(problem.inner_loss)(params, context)
         >>> bool(trees.norm(gradient) < 1e-6)
         True
     """

@@ -1,13 +1,9 @@
-"""Bounds on the largest curvature of a linear head's inner loss, in closed form."""
-
-from typing import Any
+"""Bounds on the largest eigenvalue of a matrix, by matrix products only."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta.few_shot._examples import shares
-from memmeta.few_shot._head import HeadContext, augmented
 from memmeta.problem import Scalar
 
 SQUARINGS = 5
@@ -53,38 +49,3 @@ def squared_norm_bound(matrix: Float[Array, "n m"]) -> Scalar:
     """
     small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     return largest_eigenvalue_bound(jnp.matmul(small, small.T, precision=jax.lax.Precision.HIGHEST))
-
-
-def smoothness_bound(context: HeadContext, ridge: Any) -> Scalar:
-    r"""L with ∂²g ⪯ L·I for the softmax head, whatever its parameters.
-
-    $$L = \tfrac12 \lambda_{\max}\big(\textstyle\sum_i \frac{w_i}{\sum_j w_j}
-      \tilde x_i \tilde x_i^\top\big) + \text{ridge}$$
-
-    because diag(p) − ppᵀ ⪯ ½ I. λmax by `largest_eigenvalue_bound`: L is rigorous up to
-    rounding.
-
-    Args:
-        context: of one task.
-        ridge: as in `softmax_inner_loss`.
-
-    Returns:
-        L, in float32 at least.
-
-    Example:
-        >>> context = HeadContext(jnp.zeros((4, 2)), jnp.arange(4), jnp.eye(2), jnp.arange(2))
-        >>> round(float(smoothness_bound(context, 0.1)), 3)
-        0.6
-    """
-    return 0.5 * _largest_curvature(context) + ridge
-
-
-def squared_smoothness_bound(context: HeadContext, ridge: Any) -> Scalar:
-    """L with ∂²g ⪯ L·I for the squared loss: as `smoothness_bound` without the factor ½."""
-    return _largest_curvature(context) + ridge
-
-
-def _largest_curvature(context: HeadContext) -> Scalar:
-    features = augmented(context.support_features)
-    weights = shares(context.weights, features.dtype)
-    return squared_norm_bound(features * jnp.sqrt(weights)[:, None])

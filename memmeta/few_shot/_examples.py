@@ -1,15 +1,21 @@
 """Losses example by example, and their means over the examples that are no padding."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from memmeta import trees
 from memmeta.problem import Scalar
+
+Loss: TypeAlias = Callable[[Array, Array], Float[Array, " n"]]
+"""(outputs [n, ways], targets [n, ...]) -> the loss of each example, of the user's own."""
+Losses: TypeAlias = Callable[[Array, Array, Array], Float[Array, " n"]]
+"""(outputs, targets, which outputs stand for a class of the task) -> the loss of each example."""
 
 
 def present(targets: Shaped[Array, "n ..."]) -> Float[Array, " n"]:
@@ -21,7 +27,12 @@ def present(targets: Shaped[Array, "n ..."]) -> Float[Array, " n"]:
     """
     if trees.is_inexact(targets):
         return jnp.ones(targets.shape[0], jnp.float32)
-    return (targets >= 0).astype(jnp.float32)
+    return jnp.all(targets.reshape(targets.shape[0], -1) >= 0, axis=1).astype(jnp.float32)
+
+
+def are_classes(targets: Shaped[Array, "n ..."]) -> bool:
+    """Whether targets are class indices: integers, one an example."""
+    return not trees.is_inexact(targets) and targets.ndim == 1
 
 
 def shares(weights: Float[Array, " n"], dtype: DTypeLike) -> Float[Array, " n"]:
@@ -36,8 +47,8 @@ def shares(weights: Float[Array, " n"], dtype: DTypeLike) -> Float[Array, " n"]:
 
 
 def weighted_mean(values: Float[Array, " n"], weights: Float[Array, " n"]) -> Scalar:
-    """Σ w_i x_i / Σ w; 0 where nothing has weight."""
-    return jnp.sum(values * shares(weights, values.dtype))
+    """Σ w_i x_i / Σ w; 0 where nothing has weight. What has no weight may be anything."""
+    return jnp.sum(jnp.where(weights > 0, values, 0) * shares(weights, values.dtype))
 
 
 def as_values(
@@ -54,41 +65,98 @@ def as_values(
     return targets.astype(dtype)
 
 
+def classes_of(targets: Shaped[Array, "n ..."], ways: int) -> Bool[Array, " ways"]:
+    """Which outputs stand for a class of the task; all of them where targets are no classes.
+
+    Example:
+        >>> classes_of(jnp.array([0, 2, -1]), 3).tolist()
+        [True, False, True]
+    """
+    if not are_classes(targets):
+        return jnp.ones(ways, bool)
+    return jnp.any(jax.nn.one_hot(targets, ways, dtype=bool), axis=0)
+
+
 def cross_entropies(
-    logits: Float[Array, "n ways"], targets: Int[Array, " n"]
+    outputs: Float[Array, "n ways"], targets: Int[Array, " n"], classes: Bool[Array, " ways"]
 ) -> Float[Array, " n"]:
-    """−log softmax(logits)[target], example by example; of padding a finite number."""
+    """−log softmax(outputs)[target] over the task's own classes; infinite for any other target."""
+    logits = jnp.where(classes, outputs, -jnp.inf)
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
 
 
 def squared_errors(
-    outputs: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]
+    outputs: Float[Array, "n ways"],
+    targets: Shaped[Array, "n ..."],
+    classes: Bool[Array, " ways"],
 ) -> Float[Array, " n"]:
     """½ ‖output − target‖²; integer targets stand for their one-hot vectors."""
     values = as_values(targets, outputs.shape[-1], outputs.dtype)
-    return 0.5 * jnp.sum((outputs - values) ** 2, axis=-1)
+    return 0.5 * jnp.sum(jnp.where(classes, outputs - values, 0) ** 2, axis=-1)
 
 
-def accuracy(logits: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]) -> Scalar:
-    """Share of the examples whose largest output is the target's; padding does not count."""
-    weights = present(targets)
-    if trees.is_inexact(targets):
-        targets = jnp.argmax(targets, axis=-1)
-    right = jnp.argmax(logits, axis=-1).astype(targets.dtype) == targets
-    return weighted_mean(right.astype(logits.dtype), weights)
-
-
-def judged(
-    losses: Callable[[Array, Array], Array],
-    logits: Float[Array, "n ways"],
+def by_targets(
+    outputs: Float[Array, "n ways"],
     targets: Shaped[Array, "n ..."],
+    classes: Bool[Array, " ways"],
+) -> Float[Array, " n"]:
+    """Cross-entropies of integer targets, squared errors of floating-point ones."""
+    losses = squared_errors if trees.is_inexact(targets) else cross_entropies
+    return losses(outputs, targets, classes)
+
+
+def of_examples(loss: Loss | None) -> Losses:
+    """A loss of the user's as one that is told the task's classes; `by_targets` for None."""
+    if loss is None:
+        return by_targets
+    return lambda outputs, targets, classes: loss(outputs, targets)
+
+
+def support_mean(
+    losses: Losses, outputs: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]
+) -> Scalar:
+    """The mean loss of the support examples; padding does not count.
+
+    Example:
+        >>> round(float(support_mean(by_targets, jnp.zeros((3, 2)), jnp.array([0, 1, -1]))), 4)
+        0.6931
+    """
+    values = losses(outputs, targets, classes_of(targets, outputs.shape[-1]))
+    return weighted_mean(values, present(targets))
+
+
+def query_mean(
+    losses: Losses,
+    outputs: Float[Array, "n ways"],
+    targets: Shaped[Array, "n ..."],
+    support_targets: Shaped[Array, "m ..."],
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """The mean loss and {"accuracy": ...}; padding does not count.
+    """The mean loss, and {"accuracy": ...} where targets are classes; padding does not count.
+
+    Both are not-a-number for a task that has no example to adapt on or to be judged on, or a label
+    that no output stands for: its meta-step leaves it out and counts it.
 
     Args:
-        losses: `cross_entropies` or `squared_errors`.
-        logits: of the query examples.
+        losses: of the examples.
+        outputs: of the query examples.
         targets: theirs.
+        support_targets: of the examples that were adapted on.
     """
-    loss = weighted_mean(losses(logits, targets), present(targets))
-    return loss, {"accuracy": accuracy(logits, targets)}
+    ways = outputs.shape[-1]
+    classes = classes_of(support_targets, ways)
+    loss = weighted_mean(losses(outputs, targets, classes), present(targets))
+    sound = _readable(support_targets, ways) & _readable(targets, ways)
+    loss = jnp.where(sound & jnp.isfinite(loss), loss, jnp.nan)
+    if not are_classes(targets):
+        return loss, {}
+    right = jnp.argmax(jnp.where(classes, outputs, -jnp.inf), axis=-1) == targets
+    accuracy = weighted_mean(right.astype(loss.dtype), present(targets))
+    return loss, {"accuracy": jnp.where(jnp.isfinite(loss), accuracy, jnp.nan)}
+
+
+def _readable(targets: Shaped[Array, "n ..."], ways: int) -> Bool[Array, ""]:
+    """Whether there is an example, and every label is one of the outputs' or padding."""
+    some = jnp.any(present(targets) > 0)
+    if not are_classes(targets):
+        return some
+    return some & jnp.all((targets >= -1) & (targets < ways))

@@ -10,7 +10,7 @@ constant t:
 Derived in docs/theory.md, section "Linear heads".
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from jaxtyping import Array, Float
 
 from memmeta import trees
 from memmeta.few_shot._curvature import squared_norm_bound
-from memmeta.few_shot._examples import as_values, present, shares
+from memmeta.few_shot._examples import as_values, classes_of, present, shares
 from memmeta.few_shot._head import HeadContext, HeadParams, augmented
 from memmeta.problem import Deviations, Problem, Scalar, stacked
 
-SOFTMAX = (0.5, 6**0.5 / 9)
-SQUARED = (1.0, 0.0)
+Caps: TypeAlias = tuple[float, float]
+"""(a, t): bounds on ‖∂²ℓ_i/∂z_i²‖ and on its Lipschitz constant."""
+SOFTMAX: Caps = (0.5, 6**0.5 / 9)
+SQUARED: Caps = (1.0, 0.0)
 
 FAR = 60.0
 """A reach beyond which e^R says nothing more."""
@@ -48,23 +50,26 @@ class _Samples(NamedTuple):
 
 
 def _samples(
-    features: Array, targets: Array, weights: Array, matrix: Array, caps: tuple
+    features: Array, targets: Array, weights: Array, matrix: Array, classes: Array, caps: Caps
 ) -> _Samples:
     features = augmented(features)
     logits = features @ matrix.astype(features.dtype)
+    if caps == SOFTMAX:
+        logits = jnp.where(classes, logits, -jnp.inf)
     predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
-    slopes = predicted - as_values(targets, matrix.shape[1], features.dtype)
+    slopes = jnp.where(classes, predicted - as_values(targets, classes.size, features.dtype), 0)
     length = jnp.linalg.norm(features, axis=1)
     return _Samples(features, length, shares(weights, features.dtype), logits, slopes)
 
 
 def _support_and_query(
-    params: HeadParams, context: HeadContext, caps: tuple
+    params: HeadParams, context: HeadContext, caps: Caps
 ) -> tuple[_Samples, _Samples]:
     matrix = stacked(params)
     support = (context.support_features, context.support_targets, context.weights)
     query = (context.query_features, context.query_targets, present(context.query_targets))
-    return _samples(*support, matrix, caps), _samples(*query, matrix, caps)
+    classes = classes_of(context.support_targets, matrix.shape[1])
+    return _samples(*support, matrix, classes, caps), _samples(*query, matrix, classes, caps)
 
 
 def _curvature(samples: _Samples) -> Scalar:
@@ -73,7 +78,7 @@ def _curvature(samples: _Samples) -> Scalar:
 
 
 def head_deviations(
-    caps: tuple[float, float],
+    caps: Caps,
     problem: Problem,
     params: HeadParams,
     solution: HeadParams,
@@ -134,13 +139,13 @@ def head_deviations(
     )
 
 
-def _moved(samples: _Samples, radius: Scalar, caps: tuple[float, float]) -> Float[Array, " n"]:
+def _moved(samples: _Samples, radius: Scalar, caps: Caps) -> Float[Array, " n"]:
     """d_i: how far ∂ℓ_i can be from where it is at φ̂; two probabilities differ by at most √2."""
     moved = caps[0] * samples.length * radius
     return jnp.minimum(moved, 2**0.5) if caps == SOFTMAX else moved
 
 
-def _curved(samples: _Samples, along: Array, caps: tuple[float, float]) -> Array:
+def _curved(samples: _Samples, along: Array, caps: Caps) -> Array:
     """D_i u_i at φ̂."""
     if caps != SOFTMAX:
         return along
@@ -148,9 +153,7 @@ def _curved(samples: _Samples, along: Array, caps: tuple[float, float]) -> Array
     return p * (along - jnp.sum(p * along, axis=1, keepdims=True))
 
 
-def _energy(
-    samples: _Samples, along: Array, curved: Array, radius: Scalar, caps: tuple[float, float]
-) -> Scalar:
+def _energy(samples: _Samples, along: Array, curved: Array, radius: Scalar, caps: Caps) -> Scalar:
     """ΔH v̂ in the norm of H*⁻¹: D_i changes by a factor of at most e^R, R as two logits differ."""
     if caps != SOFTMAX:
         return jnp.zeros_like(radius)

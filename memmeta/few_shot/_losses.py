@@ -2,19 +2,25 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from memmeta import _checks, trees
-from memmeta.few_shot._curvature import smoothness_bound, squared_smoothness_bound
-from memmeta.few_shot._examples import cross_entropies, judged, squared_errors, weighted_mean
+from memmeta.few_shot._curvature import squared_norm_bound
+from memmeta.few_shot._examples import (
+    classes_of,
+    cross_entropies,
+    query_mean,
+    shares,
+    squared_errors,
+    weighted_mean,
+)
 from memmeta.few_shot._head import HeadContext, HeadParams, augmented
-from memmeta.few_shot._head_constants import SOFTMAX, SQUARED, head_deviations
+from memmeta.few_shot._head_constants import SOFTMAX, SQUARED, Caps, head_deviations
 from memmeta.problem import (
     Batch,
-    Context,
     LinearHead,
     MetaParams,
     Params,
@@ -24,74 +30,91 @@ from memmeta.problem import (
 )
 
 
-def softmax_inner_loss(params: HeadParams, context: HeadContext, ridge: Any) -> Scalar:
-    r"""Mean cross-entropy on the support examples plus a ridge.
+class HeadLoss(NamedTuple):
+    """One kind of loss of a linear head.
 
-    $$g = \sum_i \frac{w_i}{\sum_j w_j} \mathrm{CE}(x_i^\top W + b, y_i)
-      + \tfrac{\text{ridge}}{2} (\|W\|^2 + \|b\|^2)$$
+    Attributes:
+        of_examples: (outputs, targets, classes) -> the loss of each example.
+        caps: bounds on its second and third derivative by the outputs.
+    """
+
+    of_examples: Callable[[Array, Array, Array], Array]
+    caps: Caps
+
+
+SOFTMAX_LOSS = HeadLoss(cross_entropies, SOFTMAX)
+SQUARED_LOSS = HeadLoss(squared_errors, SQUARED)
+
+
+def by_context(context: HeadContext) -> HeadLoss:
+    """Softmax for integer targets, squared for floating-point ones."""
+    return SQUARED_LOSS if trees.is_inexact(context.support_targets) else SOFTMAX_LOSS
+
+
+def linear_head_problem(
+    embed: Callable[[MetaParams, Batch], HeadContext],
+    init: Callable[[MetaParams], Params],
+    ridge: float,
+    loss_of: Callable[[HeadContext], HeadLoss] = by_context,
+) -> Problem:
+    r"""The problem of a linear head on features, with its curvature bounds and its structure.
+
+    $$g = \sum_i \frac{w_i}{\sum_j w_j} \ell(x_i^\top W + b, y_i)
+      + \tfrac{\text{ridge}}{2} (\|W\|^2 + \|b\|^2), \qquad
+      f = \tfrac1m \sum_j \ell(x_j'^\top W + b, y_j')$$
+    $$\partial^2 g \preceq L I, \quad L = a \, \lambda_{\max}\big(\textstyle\sum_i
+      \frac{w_i}{\sum_j w_j} \tilde x_i \tilde x_i^\top\big) + \text{ridge}$$
+
+    with a = ½ for softmax, because diag(p) − ppᵀ ⪯ ½ I, and 1 for squared errors.
 
     Args:
-        params: {"kernel": [features, ways], "bias": [ways]}.
-        context: of one task, integer targets.
-        ridge: scalar, 0 or more; positive makes g strongly convex.
+        embed: (θ, batch) -> `HeadContext`.
+        init: θ -> {"kernel": [features, ways], "bias": [ways]}.
+        ridge: finite, 0 or more; positive makes g strongly convex.
+        loss_of: context -> its loss.
 
     Returns:
-        g, in float32 at least.
+        The problem; everything in it is computed in float32 at least.
 
-    Example:
-        >>> context = HeadContext(jnp.eye(2), jnp.arange(2), jnp.eye(2), jnp.arange(2))
-        >>> params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
-        >>> round(float(softmax_inner_loss(params, context, 0.1)), 4)
-        0.6931
+    Raises:
+        ValueError: `ridge` is negative or not finite.
     """
-    return _inner_loss(cross_entropies, params, context, ridge)
+    _checks.not_negative("ridge", ridge)
 
+    def smoothness(context: HeadContext) -> Scalar:
+        features = augmented(context.support_features)
+        weights = shares(context.weights, features.dtype)
+        largest = squared_norm_bound(features * jnp.sqrt(weights)[:, None])
+        return loss_of(context).caps[0] * largest + ridge
 
-def softmax_outer_loss(
-    params: HeadParams, context: HeadContext
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Mean cross-entropy on the query examples.
+    def strong_convexity(context: HeadContext) -> Scalar:
+        return jnp.asarray(ridge).astype(trees.accumulator(context.support_features.dtype))
 
-    Args:
-        params: {"kernel": [features, ways], "bias": [ways]}.
-        context: of one task, integer targets.
+    def inner_loss(params: HeadParams, context: HeadContext) -> Scalar:
+        logits = _logits(params, context.support_features)
+        penalty = sum(jnp.sum(p.astype(logits.dtype) ** 2) for p in params.values())
+        loss = _support_mean(loss_of(context), context, logits)
+        return loss + 0.5 * jnp.asarray(ridge).astype(logits.dtype) * penalty
 
-    Returns:
-        f, and {"accuracy": fraction of query examples classified rightly}.
+    def outer_loss(params: HeadParams, context: HeadContext) -> tuple[Scalar, Any]:
+        logits = _logits(params, context.query_features)
+        return _query_mean(loss_of(context), context, logits)
 
-    Example:
-        >>> context = HeadContext(jnp.eye(2), jnp.arange(2), jnp.eye(2), jnp.arange(2))
-        >>> loss, aux = softmax_outer_loss({"kernel": jnp.eye(2), "bias": jnp.zeros(2)}, context)
-        >>> round(float(loss), 4), float(aux["accuracy"])
-        (0.3133, 1.0)
-    """
-    return _outer_loss(cross_entropies, params, context)
+    def head(context: HeadContext) -> LinearHead:
+        features = augmented(context.support_features)
+        return LinearHead(
+            features,
+            augmented(context.query_features),
+            partial(_support_mean, loss_of(context), context),
+            partial(_query_mean, loss_of(context), context),
+            jnp.asarray(ridge).astype(features.dtype),
+        )
 
+    def deviations(problem: Problem, *rest: Any) -> Any:
+        return head_deviations(loss_of(rest[-1]).caps, problem, *rest)
 
-def squared_inner_loss(params: HeadParams, context: HeadContext, ridge: Any) -> Scalar:
-    """Half the mean squared error on the support examples plus ridge/2 · ‖Φ‖².
-
-    Arguments as for `softmax_inner_loss`; integer targets stand for their one-hot vectors.
-    """
-    return _inner_loss(squared_errors, params, context, ridge)
-
-
-def squared_outer_loss(
-    params: HeadParams, context: HeadContext
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Half the mean squared error on the query examples, and the accuracy of the largest output."""
-    return _outer_loss(squared_errors, params, context)
-
-
-def _inner_loss(losses: Callable, params: HeadParams, context: HeadContext, ridge: Any) -> Scalar:
-    logits = _logits(params, context.support_features)
-    mean = weighted_mean(losses(logits, context.support_targets), context.weights)
-    return mean + _penalty(params, ridge, logits.dtype)
-
-
-def _outer_loss(losses: Callable, params: HeadParams, context: HeadContext) -> tuple:
-    logits = _logits(params, context.query_features)
-    return judged(losses, logits, context.query_targets)
+    structure = Structure(head, deviations)
+    return Problem(embed, inner_loss, outer_loss, init, smoothness, strong_convexity, structure)
 
 
 def _logits(params: HeadParams, features: Array) -> Array:
@@ -100,20 +123,17 @@ def _logits(params: HeadParams, features: Array) -> Array:
     return features.astype(dtype) @ kernel + bias
 
 
-def _penalty(params: HeadParams, ridge: Any, dtype: Any) -> Scalar:
-    squares = sum(jnp.sum(p.astype(dtype) ** 2) for p in (params["kernel"], params["bias"]))
-    return 0.5 * jnp.asarray(ridge).astype(dtype) * squares
+def _support_mean(loss: HeadLoss, context: HeadContext, logits: Float[Array, "n ways"]) -> Scalar:
+    classes = classes_of(context.support_targets, logits.shape[-1])
+    values = loss.of_examples(logits, context.support_targets, classes)
+    return weighted_mean(values, context.weights)
 
 
-def _describe(losses: Callable, context: HeadContext, ridge: Any) -> LinearHead:
-    features = augmented(context.support_features)
-    return LinearHead(
-        features,
-        augmented(context.query_features),
-        lambda logits: weighted_mean(losses(logits, context.support_targets), context.weights),
-        lambda logits: judged(losses, logits, context.query_targets),
-        jnp.asarray(ridge).astype(features.dtype),
-    )
+def _query_mean(
+    loss: HeadLoss, context: HeadContext, logits: Float[Array, "n ways"]
+) -> tuple[Scalar, dict[str, Scalar]]:
+    targets = (context.query_targets, context.support_targets)
+    return query_mean(loss.of_examples, logits, *targets)
 
 
 def softmax_problem(
@@ -121,18 +141,18 @@ def softmax_problem(
     init: Callable[[MetaParams], Params],
     ridge: float,
 ) -> Problem:
-    """The problem of a softmax head on features, with its curvature bounds and its description.
+    """The problem of a softmax head on features: cross-entropies of class indices, and a ridge.
 
     Args:
         embed: (θ, batch) -> `HeadContext`.
         init: θ -> {"kernel": [features, ways], "bias": [ways]}.
-        ridge: 0 or more.
+        ridge: finite, 0 or more; positive makes g strongly convex.
 
     Returns:
-        The problem.
+        The problem, with its curvature bounds and its `Structure`.
 
     Raises:
-        ValueError: `ridge` is negative.
+        ValueError: `ridge` is negative or not finite.
 
     Example:
         >>> problem = softmax_problem(
@@ -141,8 +161,7 @@ def softmax_problem(
         ...     ridge=0.1,
         ... )
     """
-    losses = (softmax_inner_loss, softmax_outer_loss, smoothness_bound, cross_entropies)
-    return _head_problem(losses, SOFTMAX, embed, init, ridge)
+    return linear_head_problem(embed, init, ridge, lambda context: SOFTMAX_LOSS)
 
 
 def squared_problem(
@@ -150,30 +169,5 @@ def squared_problem(
     init: Callable[[MetaParams], Params],
     ridge: float,
 ) -> Problem:
-    """The same with squared losses, arguments as for `softmax_problem`."""
-    losses = (squared_inner_loss, squared_outer_loss, squared_smoothness_bound, squared_errors)
-    return _head_problem(losses, SQUARED, embed, init, ridge)
-
-
-def _head_problem(
-    losses: tuple, caps: tuple, embed: Callable, init: Callable, ridge: float
-) -> Problem:
-    _checks.not_negative("ridge", ridge)
-    inner_loss, outer_loss, smoothness, by_logits = losses
-
-    def strong_convexity(context: Context) -> Scalar:
-        dtype = trees.accumulator(context.support_features.dtype)
-        return jnp.asarray(ridge).astype(dtype)
-
-    return Problem(
-        embed=embed,
-        inner_loss=partial(inner_loss, ridge=ridge),
-        outer_loss=outer_loss,
-        init=init,
-        smoothness=partial(smoothness, ridge=ridge),
-        strong_convexity=strong_convexity,
-        structure=Structure(
-            head=lambda context: _describe(by_logits, context, ridge),
-            deviations=partial(head_deviations, caps),
-        ),
-    )
+    """The same with half the squared error; class indices stand for their one-hot vectors."""
+    return linear_head_problem(embed, init, ridge, lambda context: SQUARED_LOSS)

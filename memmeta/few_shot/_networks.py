@@ -5,18 +5,21 @@ are two others, made elsewhere and independent of it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from memmeta import _checks, trees
-from memmeta.few_shot._examples import cross_entropies, judged, present, weighted_mean
+from memmeta.few_shot._examples import Loss, of_examples, present, query_mean, support_mean
 from memmeta.few_shot._head import HeadContext
-from memmeta.few_shot._losses import softmax_problem
+from memmeta.few_shot._losses import linear_head_problem
+from memmeta.few_shot._tasks import check_tasks
 from memmeta.models import Network, linear_head
-from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
+from memmeta.problem import MetaParams, Params, Problem, Scalar, Structure, Task
 
 Statistics: TypeAlias = Literal["transductive", "support", "separate"]
 """Which images give the batch statistics. "support": the support images those of both passes, so
@@ -95,6 +98,7 @@ def head_problem(
     learn_start: bool,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Problem:
     r"""The head adapts, on features computed once per task.
 
@@ -112,6 +116,8 @@ def head_problem(
         statistics: see `Statistics`.
         start: a head like `network.init(key)["head"]`, the same for all tasks and never trained;
             None means zeros. Not read where the start is learned.
+        loss: of each example, see `Loss`; None takes cross-entropies of integer targets (over the
+            classes that the task has) and half the squared error of floating-point ones.
 
     Returns:
         The problem; its context is a `HeadContext`.
@@ -130,34 +136,21 @@ def head_problem(
     def init(theta: MetaParams) -> Params:
         return theta["head"] if learn_start else fixed()
 
-    if network.head is linear_head:
-        return softmax_problem(embed, init, ridge)
+    structure = Structure(check=partial(check_tasks, network.ways, loss))
+    if network.head is linear_head and loss is None:
+        problem = linear_head_problem(embed, init, ridge)
+        return replace(problem, structure=replace(problem.structure, check=structure.check))
+    losses = of_examples(loss)
 
     def inner_loss(head: Params, context: HeadContext) -> Scalar:
-        logits = network.head(head, context.support_features)
-        return support_loss(logits, context.support_targets) + _half_square(ridge, head)
+        outputs = network.head(head, context.support_features)
+        return support_mean(losses, outputs, context.support_targets) + half_square(ridge, head)
 
     def outer_loss(head: Params, context: HeadContext) -> tuple[Scalar, Any]:
-        return query_loss(network.head(head, context.query_features), context.query_targets)
+        outputs = network.head(head, context.query_features)
+        return query_mean(losses, outputs, context.query_targets, context.support_targets)
 
-    return Problem(embed, inner_loss, outer_loss, init)
-
-
-def support_loss(logits: Float[Array, "support ways"], targets: Int[Array, " support"]) -> Scalar:
-    """Mean cross-entropy; padding does not count.
-
-    Example:
-        >>> round(float(support_loss(jnp.zeros((2, 2)), jnp.array([0, -1]))), 4)
-        0.6931
-    """
-    return weighted_mean(cross_entropies(logits, targets), present(targets))
-
-
-def query_loss(
-    logits: Float[Array, "query ways"], targets: Int[Array, " query"]
-) -> tuple[Scalar, dict[str, Scalar]]:
-    """Mean cross-entropy, and {"accuracy": share of the query examples classified rightly}."""
-    return judged(cross_entropies, logits, targets)
+    return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 
 
 def network_problem(
@@ -166,6 +159,7 @@ def network_problem(
     proximal: float,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Problem:
     r"""Any part of the network adapts, through the network at each inner step.
 
@@ -179,6 +173,7 @@ def network_problem(
         proximal: λ, how strongly φ is held to θ (0 for MAML, positive for iMAML).
         statistics: see `Statistics`. The inner loss always uses the support's own.
         start: see `head_problem`; not read where θ has a head.
+        loss: see `head_problem`.
 
     Returns:
         The problem; its context is a `NetworkContext`.
@@ -189,7 +184,7 @@ def network_problem(
     """
     _checks.not_negative("proximal", proximal)
     check_statistics(statistics)
-    mask, fixed = _mask(network, adapts), fixed_start(network, start)
+    mask, fixed, losses = _mask(network, adapts), fixed_start(network, start), of_examples(loss)
 
     def parts(theta: MetaParams) -> tuple[PyTree, PyTree]:
         return trees.split({"head": fixed(), **theta}, mask)
@@ -203,11 +198,11 @@ def network_problem(
         images = context.task.support_inputs
         weights = present(context.task.support_targets)
         features = network.body(network_params["body"], images, weights)
-        logits = network.head(network_params["head"], features)
-        loss = support_loss(logits, context.task.support_targets)
+        outputs = network.head(network_params["head"], features)
+        mean = support_mean(losses, outputs, context.task.support_targets)
         if context.anchor is None:
-            return loss
-        return loss + _half_square(proximal, jax.tree.map(jnp.subtract, params, context.anchor))
+            return mean
+        return mean + half_square(proximal, jax.tree.map(jnp.subtract, params, context.anchor))
 
     def outer_loss(params: Params, context: NetworkContext) -> tuple[Scalar, Any]:
         network_params = trees.merge(params, context.rest)
@@ -217,10 +212,13 @@ def network_problem(
         else:
             weights = present(context.task.query_targets)
             features = network.body(network_params["body"], images, weights)
-        logits = network.head(network_params["head"], features)
-        return query_loss(logits, context.task.query_targets)
+        outputs = network.head(network_params["head"], features)
+        targets = (context.task.query_targets, context.task.support_targets)
+        return query_mean(losses, outputs, *targets)
 
-    return Problem(embed, inner_loss, outer_loss, lambda theta: parts(theta)[0])
+    structure = Structure(check=partial(check_tasks, network.ways, loss))
+    init = lambda theta: parts(theta)[0]  # noqa: E731
+    return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 
 
 def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
@@ -245,6 +243,8 @@ def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
     return mask
 
 
-def _half_square(weight: float, tree: PyTree) -> Scalar:
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+def half_square(weight: float, tree: PyTree) -> Scalar:
+    """weight/2 · ‖tree‖², in float32 at least."""
+    wide = [leaf.astype(trees.accumulator(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in wide]
     return 0.5 * weight * sum(squares[1:], squares[0])

@@ -183,11 +183,10 @@ class InnerLoop:
         """
         if self.tolerance is not None:
             raise ValueError(
-                "tolerance: expected None where steps are differentiated in reverse, or made in the "
-                f"rounds of implicit(tolerance=...), found InnerLoop(tolerance={self.tolerance}). "
-                "Leave it out, or use an "
-                "estimator that runs the loop by itself, such as implicit() without a tolerance of "
-                "its own, or forward_mode()."
+                "tolerance: expected None where steps are differentiated in reverse, or made in "
+                "the rounds of implicit(tolerance=...), found "
+                f"InnerLoop(tolerance={self.tolerance}). Leave it out, or use an estimator that "
+                "runs the loop by itself: implicit() without a tolerance, or forward_mode()."
             )
         step = step_transform(lambda state, context: self._step(problem, state, context, key))
         state, _ = jax.lax.scan(lambda s, _: (step(s, context), None), state, length=steps)

@@ -66,8 +66,8 @@ def explain(metrics: Metrics) -> str:
     found += [f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts[name]]
     if counts["refused"]:
         found.append(
-            f"{counts['refused']} update(s) refused: the meta-gradient is far longer than usual, or "
-            "what was to be stored is not finite (a smaller outer rate, or another dtype)"
+            f"{counts['refused']} update(s) refused: the meta-gradient is far longer than usual, "
+            "or what was to be stored is not finite (a smaller outer rate, or another dtype)"
         )
     if not used:
         found.append("no task was usable, so nothing was learned")

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from memmeta import trees
+from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
 
 
-def first_look(problem: Problem, meta_params: MetaParams, tasks: Batch) -> None:
+def first_look(problem: Problem, inner: InnerLoop, meta_params: MetaParams, tasks: Batch) -> None:
     """Trace each of a problem's functions once on shapes, and say what does not fit.
 
     Args:
         problem: whose functions are looked at.
+        inner: the inner loop.
         meta_params: θ.
         tasks: one batch of tasks.
 
@@ -36,7 +38,8 @@ def first_look(problem: Problem, meta_params: MetaParams, tasks: Batch) -> None:
     )
     context = _traced("embed", problem.embed, theta, task, hint=hint)
     params = _traced("init", problem.init, theta)
-    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(params)):
+    adapts = any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(params))
+    if inner.steps > 0 and not adapts:
         raise ValueError(
             f"init: returned {_described(params)}, expected at least one floating-point array to "
             "adapt. Write jnp.zeros(n), not jnp.zeros(n, int)."

@@ -162,7 +162,7 @@ class MetaStep:
         leaves, structure = jax.tree.flatten(tasks)
         met = structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if met not in self._met:
-            first_look(self.problem, state.meta_params, tasks)
+            first_look(self.problem, self.inner, state.meta_params, tasks)
             self._met.add(met)
 
     @cached_property

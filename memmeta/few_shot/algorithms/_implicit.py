@@ -1,6 +1,7 @@
 r"""Methods that differentiate the inner solution: memory does not grow with the inner loop."""
 
 from memmeta import hypergradient, linear_solve
+from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
 from memmeta.inner import InnerLoop, gradient_descent
@@ -16,6 +17,7 @@ def memory_reduced(
     cg_steps: int = 20,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     r"""The paper's method: a head per task, and the implicit hypergradient of the body.
 
@@ -29,6 +31,7 @@ def memory_reduced(
         cg_steps: conjugate-gradient steps, from zero.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -56,7 +59,9 @@ def memory_reduced(
         ...     start=network.init(jax.random.key(1))["head"],
         ... )
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
+    problem = head_problem(
+        network, ridge, learn_start=False, statistics=statistics, start=start, loss=loss
+    )
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, body_alone(network))
 
@@ -68,6 +73,7 @@ def imaml(
     proximal: float = 2.0,
     cg_steps: int = 5,
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     r"""iMAML: every layer adapts, held to θ by a proximal term; no step is differentiated.
 
@@ -81,6 +87,7 @@ def imaml(
             `report.smallest_curvature`, and raise λ where it is not positive.
         cg_steps: conjugate-gradient steps.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -92,7 +99,7 @@ def imaml(
         >>> imaml(conv4(ways=5, width=8, head_scale=1.0)).inner.steps
         16
     """
-    problem = network_problem(network, "all", proximal=proximal, statistics=statistics)
+    problem = network_problem(network, "all", proximal=proximal, statistics=statistics, loss=loss)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, whole(network))
 
@@ -102,9 +109,10 @@ def stocbio(
     *,
     inner: InnerLoop = InnerLoop(gradient_descent(), steps=20),
     ridge: float = 0.1,
-    cg_steps: int = 20,
+    terms: int = 20,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     r"""stocBiO: as `memory_reduced`, with the Neumann series in place of conjugate gradients.
 
@@ -114,9 +122,10 @@ def stocbio(
         network: body and head.
         inner: the inner loop.
         ridge: ρ of the head.
-        cg_steps: Q, terms of the series.
+        terms: Q, of the series.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -128,8 +137,10 @@ def stocbio(
         >>> from memmeta.models import conv4
         >>> learner = stocbio(conv4(ways=5, width=8))
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
-    estimator = hypergradient.implicit(linear_solve.neumann(cg_steps))
+    problem = head_problem(
+        network, ridge, learn_start=False, statistics=statistics, start=start, loss=loss
+    )
+    estimator = hypergradient.implicit(linear_solve.neumann(terms))
     return Learner(problem, inner, estimator, body_alone(network))
 
 
@@ -141,6 +152,7 @@ def amigo(
     cg_steps: int = 10,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """AmIGO: few inner and few linear steps, each started where the task was last left.
 
@@ -154,6 +166,7 @@ def amigo(
         cg_steps: conjugate-gradient steps.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -168,6 +181,8 @@ def amigo(
         >>> learner = amigo(conv4(ways=5, width=8))
         >>> step = WarmStart(learner.make_meta_step(optax.adam(1e-3)), size=100)
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
+    problem = head_problem(
+        network, ridge, learn_start=False, statistics=statistics, start=start, loss=loss
+    )
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, body_alone(network))

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Key
 
 from memmeta import hypergradient, trees
+from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
 from memmeta.inner import InnerLoop, InnerSolver
@@ -21,6 +22,7 @@ def maml(
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.4), steps=1),
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """MAML: every layer adapts, from a learned start, and the steps are differentiated.
 
@@ -29,6 +31,7 @@ def maml(
         inner: the inner loop, in training and, unless told otherwise, at test. As the authors of
             `memory_reduced` ran it: `InnerLoop(optax.sgd(0.5), steps=3)`.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -42,7 +45,7 @@ def maml(
         >>> sorted(learner.init(jax.random.key(0)))
         ['body', 'head']
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics)
+    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.unrolled(), whole(network))
 
 
@@ -51,6 +54,7 @@ def boil(
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.4), steps=1),
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """BOIL: only the body adapts; the head is learned and stays as it is in every task.
 
@@ -58,6 +62,7 @@ def boil(
         network: body and head; only the body is φ.
         inner: the inner loop.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -69,7 +74,7 @@ def boil(
         >>> from memmeta.models import conv4
         >>> learner = boil(conv4(ways=5, width=8, head_scale=1.0))
     """
-    problem = network_problem(network, "body", proximal=0.0, statistics=statistics)
+    problem = network_problem(network, "body", proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.unrolled(), whole(network))
 
 
@@ -80,6 +85,7 @@ def anil(
     ridge: float = 0.0,
     recompute_features: bool = False,
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """ANIL: only the head adapts, from a learned start, on features computed once per task.
 
@@ -92,6 +98,7 @@ def anil(
             "separate" or "support" statistics the same numbers at many times the memory; give it
             `InnerLoop(optax.sgd(...))`.
         statistics: which images give the batch statistics.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -105,9 +112,9 @@ def anil(
         10
     """
     if recompute_features:
-        problem = network_problem(network, "head", proximal=0.0, statistics=statistics)
+        problem = network_problem(network, "head", proximal=0.0, statistics=statistics, loss=loss)
     else:
-        problem = head_problem(network, ridge, learn_start=True, statistics=statistics)
+        problem = head_problem(network, ridge, learn_start=True, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.unrolled(), whole(network))
 
 
@@ -119,6 +126,7 @@ def itd_bio(
     recompute_features: bool = False,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """ITD-BiO: as `memory_reduced`, with the inner steps differentiated.
 
@@ -130,6 +138,7 @@ def itd_bio(
         recompute_features: as in `anil`.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -141,7 +150,7 @@ def itd_bio(
         >>> learner = itd_bio(conv4(ways=5, width=8))
     """
     if recompute_features:
-        problem = network_problem(network, "head", 0.0, statistics, start)
+        problem = network_problem(network, "head", 0.0, statistics, start, loss=loss)
     else:
         problem = head_problem(
             network, ridge, learn_start=False, statistics=statistics, start=start
@@ -179,6 +188,7 @@ def meta_sgd(
     inner: InnerLoop = InnerLoop(learned_rates(), steps=1),
     first_rate: float = 0.4,
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """Meta-SGD: MAML with one learned inner rate a parameter.
 
@@ -187,6 +197,7 @@ def meta_sgd(
         inner: the inner loop, made of `learned_rates`.
         first_rate: where every rate starts.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network and its "rates".
@@ -200,7 +211,7 @@ def meta_sgd(
         >>> sorted(learner.init(jax.random.key(0)))
         ['body', 'head', 'rates']
     """
-    base = network_problem(network, "all", proximal=0.0, statistics=statistics)
+    base = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
 
     def parts(theta: MetaParams) -> MetaParams:
         return {"body": theta["body"], "head": theta["head"]}

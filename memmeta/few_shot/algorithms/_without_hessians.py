@@ -3,6 +3,7 @@
 import optax
 
 from memmeta import hypergradient
+from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
 from memmeta.inner import InnerLoop
@@ -15,6 +16,7 @@ def fomaml(
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.4), steps=1),
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """First-order MAML: the query gradient at the adapted parameters, taken as that at θ.
 
@@ -22,6 +24,7 @@ def fomaml(
         network: body and head, both θ and φ.
         inner: the inner loop.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -32,7 +35,7 @@ def fomaml(
         >>> from memmeta.models import conv4
         >>> learner = fomaml(conv4(ways=5, width=8, head_scale=1.0))
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics)
+    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.first_order(), whole(network))
 
 
@@ -41,6 +44,7 @@ def reptile(
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.1), steps=5),
     statistics: Statistics = "transductive",
+    loss: Loss | None = None,
 ) -> Learner:
     """Reptile: θ moves towards the adapted parameters; the query examples are only looked at.
 
@@ -48,6 +52,7 @@ def reptile(
         network: body and head, both θ and φ.
         inner: the inner loop.
         statistics: which images give the batch statistics of the query pass.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -58,7 +63,7 @@ def reptile(
         >>> from memmeta.models import conv4
         >>> learner = reptile(conv4(ways=5, width=8, head_scale=1.0))
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics)
+    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.reptile(), whole(network))
 
 
@@ -70,6 +75,7 @@ def pzobo(
     directions: int = 1,
     statistics: Statistics = "transductive",
     start: Params | None = None,
+    loss: Loss | None = None,
 ) -> Learner:
     """PZOBO: the response of the inner solution to θ by finite differences along random directions.
 
@@ -80,6 +86,7 @@ def pzobo(
         directions: random directions a meta-step.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
+        loss: of each example; None: cross-entropy of class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -91,6 +98,8 @@ def pzobo(
         >>> from memmeta.models import conv4
         >>> learner = pzobo(conv4(ways=5, width=8))
     """
-    problem = head_problem(network, ridge, learn_start=False, statistics=statistics, start=start)
+    problem = head_problem(
+        network, ridge, learn_start=False, statistics=statistics, start=start, loss=loss
+    )
     estimator = hypergradient.finite_difference(directions)
     return Learner(problem, inner, estimator, body_alone(network))
