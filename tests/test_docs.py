@@ -22,6 +22,8 @@ import memmeta as mm
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 ALL_OF = re.compile(r"^::: all of ([\w.]+)$", re.MULTILINE)
+ROOMS = "certificate|few_shot|hypergradient|inner|linear_solve|meta|models|trees"
+NAME = re.compile(rf"`(?:(?:memmeta|mm)\.|(?=(?:{ROOMS})\.))((?:\w+\.)*\w+)[`(]")
 RUNNABLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -110,10 +112,10 @@ def test_the_code_on_a_page_runs(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_names_what_exists(page):
-    """Every `memmeta.…` and `mm.…` can be imported, every path of a file is one."""
+    """Every `memmeta.…`, `mm.…` and `room.…` can be imported, every path of a file is one."""
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"`(?:memmeta|mm)((?:\.\w+)+)[`(]", text):
-        assert pkgutil.resolve_name(f"memmeta{name}") is not None
+    for name in NAME.findall(text):
+        assert pkgutil.resolve_name(f"memmeta.{name}") is not None
     for path in re.findall(
         r"`((?:memmeta|docs|tests|scripts|benchmarks|notebooks)/[\w./]*)`", text
     ):
