@@ -3,30 +3,35 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
-from memmeta import certificate, few_shot, linear_solve, trees
+from memmeta import certificate, few_shot, linear_solve
 from memmeta.certificate import Constants
 from memmeta.linear_solve import extreme_eigenvalues
 
 
 def context_gradient(problem, phi, v, context):
-    """∂_c f − ∂²_cφ g v over the inexact leaves of the context."""
-    active, passive = trees.split_inexact(context)
+    """∂_c f − ∂²_cφ g v over the floating-point leaves of the context."""
+    leaves, structure = jax.tree.flatten(context)
+    inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
 
-    def difference(active):
-        whole = trees.merge(active, passive)
+    def difference(floats):
+        floats = iter(floats)
+        filled = [next(floats) if f else x for x, f in zip(leaves, inexact, strict=True)]
+        whole = jax.tree.unflatten(structure, filled)
         along = jax.jvp(lambda p: problem.inner_loss(p, whole), (phi,), (v,))[1]
         return problem.outer_loss(phi, whole)[0] - along
 
-    return jax.grad(difference)(active)
+    return jax.grad(difference)([x for x, f in zip(leaves, inexact, strict=True) if f])
 
 
 def exact(problem, start, context, steps=25):
     """φ* by damped Newton and v* by a dense solve."""
-    flat, unflatten = trees.ravel(start)
+    flat, unflatten = ravel_pytree(start)
 
     def loss(x):
         return problem.inner_loss(unflatten(x), context)
@@ -76,11 +81,11 @@ def errors_and_bounds(problem, start, context, key):
     ).astype(int)
     damping = jnp.maximum(0, jax.random.uniform(keys[2], minval=-0.5, maxval=0.5))
     phi, richardson, conjugate = stopped(problem, start, context, (*steps, damping))
-    away = trees.norm(jax.tree.map(jnp.subtract, phi, phi_star))
+    away = optax.tree.norm(jax.tree.map(jnp.subtract, phi, phi_star))
 
     def one(v):
         found = context_gradient(problem, phi, v, context)
-        error = trees.norm(jax.tree.map(jnp.subtract, found, truth))
+        error = optax.tree.norm(jax.tree.map(jnp.subtract, found, truth))
         rigorous = certificate.certify(problem, phi, v, context)
         guess = certificate.estimate(problem, phi, v, context, steps=5)
         return error, rigorous.total, guess.total, away, rigorous.distance
@@ -121,9 +126,10 @@ def test_bound_on_random_heads(x64, squared):
         return errors_and_bounds(ridged, start, context, keys[3])
 
     error, bound, guess, away, distance = run(jax.random.split(jax.random.key(0), 600))
-    check(error, bound, away, distance, 500 if squared else 300)
-    share = np.mean(np.asarray(guess) >= np.asarray(error))
-    assert share > 0.5, f"the estimate covers {share:.0%} of the errors"
+    check(error, bound, away, distance, 210 if squared else 130)
+    ratios = np.asarray(guess / error)[np.asarray(error) > 1e-6]
+    assert np.quantile(ratios, 0.01) >= 1  # an estimate, yet it covers 99 % of the errors
+    assert np.median(ratios) < (60 if squared else 8)
 
 
 def head_problem_with(problem, ridge):
@@ -183,7 +189,7 @@ def test_bound_on_random_quadratics(x64):
         return errors_and_bounds(problem, jnp.zeros(6), c, keys[8])
 
     error, bound, _, away, distance = run(jax.random.split(jax.random.key(1), 600))
-    check(error, bound, away, distance, 20)
+    check(error, bound, away, distance, 7)
 
 
 def check(error, bound, away, distance, loosest):
@@ -193,9 +199,7 @@ def check(error, bound, away, distance, loosest):
     assert np.all(error <= bound + slack), np.max(error / bound)
     assert np.all(away <= distance + slack), np.max(away / distance)
     seen = np.asarray(error) > 1e-6
-    tightness = np.median(bound[seen] / error[seen])
-    print("median bound/error", tightness)
-    assert tightness < loosest
+    assert np.median(bound[seen] / error[seen]) < loosest
 
 
 def test_padding_changes_no_bound(x64):
@@ -226,24 +230,20 @@ def test_missing_constants_are_named():
         certificate.certify(problem, jnp.ones(6), jnp.ones(6), context)
 
 
-def test_estimate_is_exact_to_first_order_in_the_coupling(x64):
-    """On a quadratic with unit coupling the estimate is close to the bound with exact constants."""
+def test_estimate_of_a_quadratic_in_closed_form(x64):
+    r"""g = ½ φᵀDφ − φᵀc, f = ½ ‖φ‖²: ‖∂_φ f‖ changes by δ = ‖∇g‖/μ, and C/μ = 1."""
+    curvature = jnp.arange(1.0, 7.0)
     problem = mm.Problem(
         embed=lambda theta, batch: theta,
-        inner_loss=lambda phi, c: 0.5 * phi @ (jnp.arange(1.0, 7.0) * phi) - phi @ c,
+        inner_loss=lambda phi, c: 0.5 * phi @ (curvature * phi) - phi @ c,
         outer_loss=lambda phi, c: (0.5 * jnp.sum(phi**2), {}),
         init=lambda theta: jnp.zeros(6),
     )
-    phi, v = jnp.ones(6), jnp.ones(6)
-    found = certificate.estimate(problem, phi, v, jnp.zeros(6), steps=6)
-    measured = certificate.measure(problem, phi, v, jnp.zeros(6))
-    # L_φf δ C/μ for the inner part and C/μ ‖r‖ for the linear one, with C = μ = L_φf = 1
-    known = certificate.bound(
-        mm.problem.Deviations(*map(jnp.float64, (0, measured.gradient, 0, 0, 1, 1))),
-        measured.gradient,
-        measured.residual,
-    )
-    np.testing.assert_allclose(found.total, known.total, rtol=1e-6)
+    found = certificate.estimate(problem, jnp.ones(6), jnp.ones(6), jnp.zeros(6), steps=6)
+    np.testing.assert_allclose(found.inner, np.linalg.norm(curvature), rtol=1e-6)
+    np.testing.assert_allclose(found.linear, np.linalg.norm(1 - curvature), rtol=1e-6)
+    np.testing.assert_allclose(found.distance, np.linalg.norm(curvature), rtol=1e-6)
+    np.testing.assert_allclose(found.total, found.inner + found.linear, rtol=1e-12)
     assert not found.rigorous
 
 

@@ -87,7 +87,6 @@ class Residual(Case):
 CASES = {
     "small": Case(3, (5, 4, 3), 2),
     "rounded up": Case(3, (5, 7, 2), 3, round_up=True),
-    "one channel": Case(7, (2, 6, 1), 4),
     "images in several chunks": Case(7, (16, 16, 3), 4),
     "statistics of the patches, in several chunks": Case(7, (32, 32, 1), 10),
     "two blocks": Case(2, (8, 9, 1), 10, depth=2),
@@ -177,8 +176,8 @@ def test_bright_images_lose_no_digits(name):
     found = jax.jit(network.body)(params, images, weights)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), (params, images))
-        expected = CASES[name].both()[1](*wide, weights)
-    assert relative_error(found.astype(np.float64), np.asarray(expected)) < 1e-3
+        expected = jax.jit(CASES[name].both()[1])(*wide, weights)
+        assert relative_error(np.asarray(found, np.float64), expected) < 1e-3
 
 
 def test_statistics_in_half_precision_are_summed_wide():
@@ -192,8 +191,8 @@ def test_statistics_in_half_precision_are_summed_wide():
 
 
 def test_a_shared_kernels_gradient_builds_no_kernel_per_task():
-    tasks, network = 7, conv4(2, width=4, image_shape=(6, 6, 2), depth=1)
-    images, weights = jnp.ones((tasks, 2, 6, 6, 2)), jnp.ones(2)
+    tasks, network = 7, conv4(2, width=4, image_shape=(8, 8, 2), depth=1)
+    images, weights = jnp.ones((tasks, 2, 8, 8, 2)), jnp.ones(2)
     params = network.init(jax.random.key(0))["body"]
 
     def loss(params):

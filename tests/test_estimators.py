@@ -137,7 +137,10 @@ def check_report(report):
 def check_error_estimate(found, exact):
     """Of the true error's size: neither ten times too small nor a hundred times too large."""
     difference = jax.tree.map(jnp.subtract, found.gradient, exact)
-    error, estimate = float(optax.tree.norm(difference)), float(jnp.sum(found.report.error_estimate))
+    error, estimate = (
+        float(optax.tree.norm(difference)),
+        float(jnp.sum(found.report.error_estimate)),
+    )
     assert error < 10 * estimate + 1e-9
     assert estimate < 100 * error + 1e-6
 

@@ -1,5 +1,6 @@
 """The inner solution as a function: every transformation of JAX, against its closed form."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,12 +74,17 @@ TRANSFORMS = {
 def test_transformation(name, x64):
     found = jax.jit(TRANSFORMS[name](solution))(a_context())
     exact = jax.jit(TRANSFORMS[name](closed_form))(a_context())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), found, exact)
+    chex.assert_trees_all_close(found, exact, atol=1e-9)
 
 
-def test_grad_without_jit(x64):
-    found, exact = jax.grad(score(solution))(a_context()), jax.grad(score(closed_form))(a_context())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), found, exact)
+class GradWithAndWithoutJit(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_grad(self):
+        with jax.enable_x64(True):
+            found = self.variant(jax.grad(score(solution)))(a_context())
+            chex.assert_trees_all_close(
+                found, jax.grad(score(closed_form))(a_context()), atol=1e-10
+            )
 
 
 def test_shard_map_over_eight_devices(x64):

@@ -115,8 +115,16 @@ def test_estimators_for_heads_say_so():
     ("make", "name", "message"),
     [
         (lambda h: h.unrolled("some"), "remat", "expected one of 'none', 'step', 'sqrt', 'recurs"),
-        (lambda h: h.truncated(0), "last", "expected a whole number, 1 or more, below 2³¹, found 0"),
-        (lambda h: h.forward_mode(0), "directions", "expected a whole number, 1 or more, below 2³¹"),
+        (
+            lambda h: h.truncated(0),
+            "last",
+            "expected a whole number, 1 or more, below 2³¹, found 0",
+        ),
+        (
+            lambda h: h.forward_mode(0),
+            "directions",
+            "expected a whole number, 1 or more, below 2³¹",
+        ),
         (lambda h: h.evolution_strategies(4, scale=0.0), "scale", "expected a finite number above"),
         (lambda h: h.finite_difference(4, scale=-1.0), "scale", "expected a finite number above 0"),
         (lambda h: h.hessian_free(0.0), "scale", "expected a finite number above 0, found 0.0"),
