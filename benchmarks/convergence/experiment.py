@@ -19,16 +19,10 @@ from memmeta.meta import WarmStart
 
 
 class Footprint(NamedTuple):
-    """Temporary memory of one meta-step, as compiled, at two lengths of the inner loop.
+    """Temporary memory of one meta-step, as compiled, at two lengths of the inner loop."""
 
-    Attributes:
-        steps: inner steps as in the curve (or linear, where it is against them), and `LONGER` times
-            as many.
-        megabytes: at each.
-    """
-
-    steps: tuple[int, int]
-    megabytes: tuple[float, float]
+    steps: tuple[int, int]  # of the curve (or of CG, where it is against them), `LONGER` times them
+    megabytes: tuple[float, float]  # at each
 
     def __str__(self) -> str:
         small, large = (f"{size:.3g}" for size in self.megabytes)
@@ -36,23 +30,14 @@ class Footprint(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """What one experiment found.
-
-    Attributes:
-        title: of its picture.
-        axes: labels of its axes.
-        curves: name -> (x, y) with y [seeds, points], for the picture and the JSON file.
-        claims: its lines of the table.
-        lines: other figures to print.
-        memory: name of a curve -> what a meta-step of it takes.
-    """
+    """What one experiment found: its panel of the picture and its lines of the table."""
 
     title: str
     axes: tuple[str, str]
-    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (x, y), y [seeds, points]
     claims: list[Claim]
-    lines: tuple[str, ...] = ()
-    memory: Mapping[str, Footprint] = MappingProxyType({})
+    lines: tuple[str, ...] = ()  # other figures to print
+    memory: Mapping[str, Footprint] = MappingProxyType({})  # by the names of curves
 
 
 Step = mm.MetaStep | WarmStart
@@ -91,13 +76,7 @@ def megabytes(step: Step, theta: Any, tasks: Any) -> float:
 
 
 def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
-    """The memory of a step as it is, and with an inner loop `LONGER` times as long.
-
-    Args:
-        step: any of them.
-        theta: θ.
-        tasks: arrays, or their shapes.
-    """
+    """The memory of a step as it is, and with an inner loop `LONGER` times as long."""
     cold = step.step if isinstance(step, WarmStart) else step
     steps = cold.inner.steps
     long = replace(cold, inner=replace(cold.inner, steps=LONGER * steps))

@@ -97,13 +97,11 @@ def fomaml(net: Conv4, task: Data, steps: int) -> Tensor:
     return maml(net, task, steps, first_order=True)
 
 
-def heads(start: str, cached: bool, implicit: bool) -> Callable[[Conv4, Data, int], Tensor]:
-    """ANIL, ITD-BiO and the paper's method: only a linear head adapts.
+def heads(learned: bool, cached: bool, implicit: bool) -> Callable[[Conv4, Data, int], Tensor]:
+    """ANIL, ITD-BiO and the paper's method: only a linear head adapts, from a start.
 
-    Args:
-        start: "learned" or "zero".
-        cached: whether features are computed once a task, or in every inner step.
-        implicit: whether the gradient is by the implicit function theorem, or through the steps.
+    Features are `cached`, or computed in every inner step; the gradient is by the implicit function
+    theorem, or through the steps.
     """
     ridge = RIDGE if implicit else 0.0
 
@@ -114,10 +112,8 @@ def heads(start: str, cached: bool, implicit: bool) -> Callable[[Conv4, Data, in
     def method(net: Conv4, task: Data, steps: int) -> Tensor:
         support = query = None
         if cached:
-            count = len(task.support)
             both = net.body(torch.cat([task.support, task.query]))
-            support, query = both[:count], both[count:]
-        learned = start == "learned"
+            support, query = both[: len(task.support)], both[len(task.support) :]
         phi = [net.head.weight, net.head.bias]
         if not learned:
             phi = [torch.zeros_like(x, requires_grad=True) for x in phi]
@@ -195,12 +191,12 @@ METHODS: dict[str, Callable[[Conv4, Data, int], Tensor]] = {
     "maml": maml,
     "fomaml": fomaml,
     "imaml": imaml,
-    "anil": heads("learned", cached=True, implicit=False),
-    "anil, recomputed": heads("learned", cached=False, implicit=False),
-    "itd_bio": heads("zero", cached=True, implicit=False),
-    "itd_bio, recomputed": heads("zero", cached=False, implicit=False),
-    "memory_reduced": heads("zero", cached=True, implicit=True),
-    "memory_reduced, recomputed": heads("zero", cached=False, implicit=True),
+    "anil": heads(learned=True, cached=True, implicit=False),
+    "anil, recomputed": heads(learned=True, cached=False, implicit=False),
+    "itd_bio": heads(learned=False, cached=True, implicit=False),
+    "itd_bio, recomputed": heads(learned=False, cached=False, implicit=False),
+    "memory_reduced": heads(learned=False, cached=True, implicit=True),
+    "memory_reduced, recomputed": heads(learned=False, cached=False, implicit=True),
 }
 """One task each, by the names of `benchmarks.problems.workloads`."""
 
@@ -210,12 +206,7 @@ def meta_step(
 ) -> Callable[[], tuple[float, float]]:
     """A function that makes one meta-step with Adam: (mean query loss, gradient norm).
 
-    Args:
-        method: of one task.
-        params: of the JAX network.
-        tasks: the JAX batch.
-        steps: T.
-        last: whether images are stored with channels last.
+    Parameters and tasks are those of JAX; `last`: images are stored with channels last.
     """
     net, batch = Conv4(params), data(tasks, last)
     if last:
