@@ -15,6 +15,8 @@ import memmeta as mm
 from benchmarks.convergence.fits import Claim, over_seeds
 from benchmarks.harness.programs import compiled, temporary_megabytes
 from benchmarks.problems.quadratic import Family
+from memmeta.hypergradient import implicit, scheduled
+from memmeta.linear_solve import cg
 from memmeta.meta import WarmStart
 
 
@@ -41,6 +43,8 @@ class Experiment(NamedTuple):
 
 
 Step = mm.MetaStep | WarmStart
+Make = Callable[[mm.Problem, Array], Step]
+"""The meta-step of a problem at an outer rate."""
 
 LONGER = 100
 """How many times longer an inner loop is made to see whether memory grows with it."""
@@ -68,6 +72,21 @@ def meta_step(
     return WarmStart(step, warm) if warm else step
 
 
+def fixed(k: int, warm: int = 0, fast: bool = False) -> Make:
+    """K inner steps and as many of conjugate gradients."""
+    return lambda problem, rate: meta_step(problem, k, implicit(cg(k)), rate, warm, fast)
+
+
+def tightening(tolerance: Callable[[Array], Array], most: int, warm: int = 0) -> Make:
+    """At meta-step t both loops stop at a tolerance, after at most so many inner steps."""
+
+    def make(problem: mm.Problem, rate: Array) -> Step:
+        estimator = scheduled(lambda t: implicit(cg(5), tolerance=tolerance(t)))
+        return meta_step(problem, most, estimator, rate, warm)
+
+    return make
+
+
 def megabytes(step: Step, theta: Any, tasks: Any) -> float:
     """What one compiled meta-step needs beside its arguments and results."""
     count = jax.tree.leaves(tasks)[0].shape[0]
@@ -85,9 +104,7 @@ def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
     return Footprint((steps, LONGER * steps), sizes)
 
 
-def footprints(
-    methods: dict[str, Callable[[mm.Problem, Array], Step]], family: Family, tasks: int
-) -> dict[str, Footprint]:
+def footprints(methods: dict[str, Make], family: Family, tasks: int) -> dict[str, Footprint]:
     """The same for methods that `run` takes, at this number of tasks."""
     drawn = jax.eval_shape(lambda: family.sample(jax.random.key(0), tasks))
     theta, rate = jnp.zeros_like(family.coupling), 1 / family.smoothness
@@ -121,7 +138,7 @@ def trajectory(
 
 
 def run(
-    make: Callable[[mm.Problem, Array], Step],
+    make: Make,
     family: Family,
     keys: Array,
     count: int,
@@ -153,5 +170,5 @@ def ill_conditioned(dim: int, convex: bool) -> Family:
 class Method(NamedTuple):
     """A method of the comparison, and its products (gradients, HVPs, mixed) per task and step."""
 
-    make: Callable[[mm.Problem, Array], Step]
+    make: Make
     products: int

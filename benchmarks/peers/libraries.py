@@ -2,16 +2,14 @@
 
 import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from benchmarks.peers.pytorch import Conv4, Data
-from benchmarks.problems.workloads import CG_STEPS, PROXIMAL, RATE
+from benchmarks.problems.workloads import RATE
 
 
 def _loss(net: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -79,42 +77,6 @@ def torch_maml(checkpointed: bool) -> Callable[[Conv4, Data, int], Tensor]:
     return method
 
 
-def betty() -> Callable[[Conv4, Data, int], Tensor]:
-    """iMAML with its conjugate-gradient rule; its engine is not run, which can only help it."""
-    library: Any = importlib.import_module("betty.hypergradient.cg")
-
-    def method(net: Conv4, task: Data, steps: int) -> Tensor:
-        names, theta = zip(*net.named_parameters(), strict=True)
-        phi = [t.detach().clone().requires_grad_() for t in theta]
-
-        def inner_loss(phi: list[Tensor]) -> Tensor:
-            out = functional_call(net, dict(zip(names, phi, strict=True)), task.support)
-            pull = sum(((p - t) ** 2).sum() for p, t in zip(phi, theta, strict=True))
-            return F.cross_entropy(out, task.support_labels) + 0.5 * PROXIMAL * pull
-
-        for _ in range(steps):
-            grads = torch.autograd.grad(inner_loss(phi), phi)
-            moved = [(p - RATE * d).detach() for p, d in zip(phi, grads, strict=True)]
-            phi = [p.requires_grad_() for p in moved]
-        out = functional_call(net, dict(zip(names, phi, strict=True)), task.query)
-        loss = F.cross_entropy(out, task.query_labels)
-        lower = SimpleNamespace(
-            paths=[],
-            config=SimpleNamespace(cg_iterations=CG_STEPS, cg_alpha=1.0),
-            cur_batch=None,
-            training_step_exec=lambda _: inner_loss(phi),
-            trainable_parameters=lambda: phi,
-            parameters=lambda: phi,
-        )
-        upper = SimpleNamespace(trainable_parameters=lambda: list(theta))
-        grads = library.cg(torch.autograd.grad(loss, phi), lower, upper)
-        for parameter, grad in zip(theta, grads, strict=True):
-            parameter.grad = grad + (0 if parameter.grad is None else parameter.grad)
-        return loss
-
-    return method
-
-
 def available() -> tuple[dict[str, dict[str, Callable]], list[str]]:
     """Method -> library -> its function of one task; and a line for each that cannot be used."""
     wanted: dict[str, Callable[[], dict[str, Callable]]] = {
@@ -122,7 +84,6 @@ def available() -> tuple[dict[str, dict[str, Callable]], list[str]]:
         "torchopt": lambda: {"maml": torchopt()},
         "torch_maml": lambda: {"maml": torch_maml(False)},
         "torch_maml, checkpoints": lambda: {"maml": torch_maml(True)},
-        "betty": lambda: {"imaml": betty()},
     }
     found: dict[str, dict[str, Callable]] = {}
     missing = []
