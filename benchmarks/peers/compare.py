@@ -36,13 +36,13 @@ Step = Callable[[], tuple[float, float]]
 
 
 class Case(NamedTuple):
-    """One comparison: a method with T inner steps on a workload, and the aim."""
+    """A method with T inner steps on a workload."""
 
     workload: str
     method: str
     steps: int
-    aim: float | None = None
-    formulation: str = ""
+    aim: float | None = None  # the fastest peer's seconds over ours
+    formulation: str = ""  # "recomputed": the peers compute features in each inner step, we once
 
     @property
     def name(self) -> str:
@@ -70,7 +70,6 @@ CASES = [
     Case("b32", "itd_bio", 20, None, "recomputed"),
     Case("b84", "memory_reduced", 20),
 ]
-"""All of them. A formulation "recomputed" is that of the peers: ours computes features once."""
 
 QUICK = ["a:maml:1", "b32:memory_reduced:20"]
 PATIENCE = 8.0

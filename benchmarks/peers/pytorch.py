@@ -128,20 +128,26 @@ def heads(learned: bool, cached: bool, implicit: bool) -> Callable[[Conv4, Data,
                 phi = [p.detach().requires_grad_() for p in phi]
         query = net.body(task.query) if query is None else query
         loss = F.cross_entropy(F.linear(query, *phi), task.query_labels)
-        if not implicit:
+        if implicit:
+            support = net.body(task.support) if support is None else support
+            implicit_backward(net, loss, phi, lambda x: g(phi, x, task.support_labels), support)
+        else:
             loss.backward()
-            return loss
-        support = net.body(task.support) if support is None else support
-        slope = torch.autograd.grad(loss, phi, retain_graph=True)
-        fixed = g(phi, support.detach(), task.support_labels)
-        grads = torch.autograd.grad(fixed, phi, create_graph=True)
-        v = cg(lambda p: torch.autograd.grad(grads, phi, p, retain_graph=True), slope, 20)
-        inner = torch.autograd.grad(g(phi, support, task.support_labels), phi, create_graph=True)
-        mixed = sum((d * x).sum() for d, x in zip(inner, v, strict=True))
-        (loss - mixed).backward(inputs=[p for n, p in net.named_parameters() if "head" not in n])
         return loss
 
     return method
+
+
+def implicit_backward(
+    net: Conv4, loss: Tensor, phi: Tree, g: Callable[[Tensor], Tensor], support: Tensor
+) -> None:
+    """Add ∂f − ∂²_θφ g · v to the body's `grad`, where [∂²_φφ g] v = ∂_φ f by 20 steps of CG."""
+    slope = torch.autograd.grad(loss, phi, retain_graph=True)
+    grads = torch.autograd.grad(g(support.detach()), phi, create_graph=True)
+    v = cg(lambda p: torch.autograd.grad(grads, phi, p, retain_graph=True), slope, 20)
+    inner = torch.autograd.grad(g(support), phi, create_graph=True)
+    mixed = sum((d * x).sum() for d, x in zip(inner, v, strict=True))
+    (loss - mixed).backward(inputs=[p for n, p in net.named_parameters() if "head" not in n])
 
 
 def imaml(net: Conv4, task: Data, steps: int) -> Tensor:

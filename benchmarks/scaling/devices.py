@@ -25,13 +25,8 @@ from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import collectives, compiled
 from benchmarks.harness.tables import Row, aim, cores, show, write
 from benchmarks.harness.timing import in_turn
-from benchmarks.problems.workloads import (
-    PAPERS_CIFAR,
-    PAPERS_IMAGENET,
-    Workload,
-    learner,
-    spread,
-)
+from benchmarks.problems import workloads
+from benchmarks.problems.workloads import PAPERS_CIFAR, PAPERS_IMAGENET, Workload, learner
 from benchmarks.scaling.pod import SOURCES, Chip, Work, curve, first_break, work
 from memmeta.meta import task_mesh
 from memmeta.models import resnet12
@@ -47,20 +42,14 @@ BATCH, HELD = 32, 4
 
 
 class Run:
-    """One meta-step of gradient descent at rate 1 on so many devices.
-
-    Attributes:
-        gradient: the meta-gradient, as one vector.
-        messages: what `collectives` found.
-        seconds: median of some calls.
-    """
+    """One meta-step of gradient descent at rate 1 on so many devices: θ moves by the gradient."""
 
     def __init__(self, method: str, count: int, tasks: int) -> None:
         made = learner(SMALL.network(), method, STEPS)
         mesh = task_mesh(jax.devices()[:count]) if count > 1 else None
         step = made.make_meta_step(optax.sgd(1.0), task_chunk=1, mesh=mesh)
         theta = made.init(jax.random.key(0))
-        batch = spread(jax.jit(SMALL._replace(tasks=tasks).batch)(), mesh)
+        batch = workloads.spread(jax.jit(SMALL._replace(tasks=tasks).batch)(), mesh)
         state = step.init(theta)
         program = compiled(step.update, state, batch)
         following, _ = jax.block_until_ready(program(state, batch))
@@ -82,14 +71,14 @@ def measured(methods: tuple[str, ...], counts: tuple[int, ...]) -> dict[str, lis
         for name, rows in tables.items():
             for count in counts:
                 tasks = TASKS if name == "strong" else EACH * count
-                alone, spread = run(method, 1, tasks), run(method, count, tasks)
-                apart = np.linalg.norm(spread.gradient - alone.gradient)
+                alone, shared = run(method, 1, tasks), run(method, count, tasks)
+                apart = np.linalg.norm(shared.gradient - alone.gradient)
                 row: Row = {"method": method, "devices": count, "tasks": tasks}
                 row["apart"] = float(apart / np.linalg.norm(alone.gradient))
-                row["messages"] = ", ".join(kind for kind, _ in spread.messages) or "none"
-                row["bytes"] = sum(size for _, size in spread.messages)
-                row["bytes of θ"] = spread.parameters
-                shown = f"{spread.seconds:.2g}"
+                row["messages"] = ", ".join(kind for kind, _ in shared.messages) or "none"
+                row["bytes"] = sum(size for _, size in shared.messages)
+                row["bytes of θ"] = shared.parameters
+                shown = f"{shared.seconds:.2g}"
                 row["s"] = shown if count <= usable else f"({shown})"
                 rows.append(row)
     return tables
