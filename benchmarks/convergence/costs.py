@@ -14,7 +14,6 @@ from benchmarks.convergence.experiment import (
     Experiment,
     Footprint,
     Make,
-    Method,
     evaluated,
     fixed,
     flat,
@@ -127,8 +126,12 @@ def linear_errors(key: Array, family: Family, products: list[int]) -> Array:
     return jnp.stack([error(steps) for steps in products])
 
 
-def methods(tasks: int) -> dict[str, list[Method]]:
-    """The comparators, each with the settings it may choose from."""
+def methods(tasks: int) -> dict[str, list[tuple[Make, int]]]:
+    """The comparators, each with the settings it may choose from.
+
+    A setting is how to make its step, and the products that it takes of each task: gradients,
+    Hessian-vector and mixed products.
+    """
 
     def soba(scale: float) -> Make:
         estimator = implicit(neumann(1, rate=0.1))
@@ -137,14 +140,12 @@ def methods(tasks: int) -> dict[str, list[Method]]:
     itd = lambda k: lambda p, r: meta_step(p, k, unrolled(), r, fast=True)  # noqa: E731
     several = (10, 20, 40)
     return {
-        "memory_reduced": [Method(fixed(k, fast=True), 2 * k + 1) for k in several],
+        "memory_reduced": [(fixed(k, fast=True), 2 * k + 1) for k in several],
         # a gradient on the way there; a Hessian-vector and a mixed product on the way back
-        "ITD / MAML": [Method(itd(k), 3 * k) for k in several],
+        "ITD / MAML": [(itd(k), 3 * k) for k in several],
         # one product more than memory_reduced: the residual at the remembered v
-        "AmIGO-type warm starts": [
-            Method(fixed(k, warm=tasks, fast=True), 2 * k + 2) for k in (1, 4)
-        ],
-        "SOBA-type single loop": [Method(soba(scale), 3) for scale in (1.0, 0.3)],
+        "AmIGO-type warm starts": [(fixed(k, tasks, fast=True), 2 * k + 2) for k in (1, 4)],
+        "SOBA-type single loop": [(soba(scale), 3) for scale in (1.0, 0.3)],
     }
 
 
@@ -160,19 +161,19 @@ def complexity(keys: Array, quick: bool) -> Experiment:
         chosen = {name: chosen[name] for name in ("memory_reduced", "SOBA-type single loop")}
     for name, settings in chosen.items():
         needed = []
-        for setting in settings[-1:] if quick else settings:
-            squares, _ = run(setting.make, family, keys, count, tasks, quick)
+        for make, products in settings[-1:] if quick else settings:
+            squares, _ = run(make, family, keys, count, tasks, quick)
             relative = np.minimum.accumulate(squares / squares[:, :1], axis=1)
             reached = relative[:, None, :] <= levels[:, None]
             first = np.where(reached.any(axis=2), reached.argmax(axis=2) + 1, np.inf)
-            needed.append(first * setting.products)
+            needed.append(first * products)
         best = np.min(needed, axis=0)
         met = np.isfinite(best).all(axis=0)
         if met.sum() < 2:
             lines.append(f"{name:24} reaches no two of the levels")
             continue
         curves[name] = (levels[met], best[:, met])
-        memory |= footprints({name: settings[-1].make}, family, tasks)
+        memory |= footprints({name: settings[-1][0]}, family, tasks)
         last = best[:, met][:, -1]
         lines.append(
             f"{name:24} ε = {levels[met][-1]:.1g} after {np.median(last):.0f} products a task"

@@ -165,10 +165,3 @@ def ill_conditioned(dim: int, convex: bool) -> Family:
     """
     spectrum, coupling = jnp.linspace(1.0, 10.0, dim), jnp.arange(1.0, dim + 1) ** -0.75
     return Family(spectrum, coupling, convex, scale=coupling / spectrum)
-
-
-class Method(NamedTuple):
-    """A method of the comparison, and its products (gradients, HVPs, mixed) per task and step."""
-
-    make: Make
-    products: int

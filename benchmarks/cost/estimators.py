@@ -138,7 +138,9 @@ def picture(found: dict[str, dict], path: Path) -> None:
         for panel, (problem, figure, scale, label) in zip(axes, cells, strict=True):
             for name, points in found[problem].items():
                 values = [scale * point[figure] for point in points]
-                panel.plot([point["T"] for point in points], values, **style(name), label=name)
+                panel.plot(
+                    [point["T"] for point in points], values, marker=".", label=name, **style(name)
+                )
             panel.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel=label)
             if figure == "error":
                 panel.set_title(TITLES[problem])
@@ -147,14 +149,9 @@ def picture(found: dict[str, dict], path: Path) -> None:
 
 
 def style(name: str) -> dict[str, Any]:
-    """Colour by the estimator, mark and line by the variant."""
-    kinds: dict[str, list[str]] = {}
-    for each in ESTIMATORS:
-        kinds.setdefault(each.split("-")[0], []).append(each)
-    kind = name.split("-")[0]
-    colour, variant = colormaps["tab20"](list(kinds).index(kind)), kinds[kind].index(name)
-    line = ["-", "--", ":", "-.", (0, (1, 3))][variant]
-    return {"color": colour, "marker": "o^svx"[variant], "markersize": 4, "linestyle": line}
+    """One of twenty colours each, and lines of four kinds in turn."""
+    number = list(ESTIMATORS).index(name)
+    return {"color": colormaps["tab20"](number), "ls": ["-", "--", ":", "-."][number % 4]}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:

@@ -57,8 +57,7 @@ class Watch:
     def __call__(self, line: dict[str, Any]) -> None:
         """Take a sample, at most one a second; stop the run when the time is over."""
         passed = time.monotonic() - self.began
-        due = not self.samples or passed - self.samples[-1]["seconds"] >= 1
-        if not due and passed < self.seconds:
+        if self.samples and passed < min(self.samples[-1]["seconds"] + 1, self.seconds):
             return
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):

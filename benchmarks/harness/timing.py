@@ -30,7 +30,7 @@ def in_turn(
         patience: seconds after which a call that was timed twice is timed no more.
 
     Returns:
-        For each name its seconds in the order they were measured.
+        The seconds of each, in the order they were measured.
     """
     clock = time.process_time if cpu_time else time.perf_counter
     seconds: dict[Any, list[float]] = {name: [] for name in calls}

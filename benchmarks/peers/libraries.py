@@ -56,18 +56,16 @@ def torchopt() -> Callable[[Conv4, Data, int], Tensor]:
     return method
 
 
-def torch_maml(checkpointed: bool) -> Callable[[Conv4, Data, int], Tensor]:
-    """Its MAML, naive or with gradient checkpoints."""
+def torch_maml() -> Callable[[Conv4, Data, int], Tensor]:
+    """Its naive MAML."""
     library: Any = importlib.import_module("torch_maml")
-    kind = library.GradientCheckpointMAML if checkpointed else library.NaiveMAML
 
     def loss_of(net: Any, batch: Any, **_: Any) -> Tensor:
         return _loss(net, *batch)
 
     def method(net: Conv4, task: Data, steps: int) -> Tensor:
         optimizer = library.IngraphGradientDescent(learning_rate=RATE)
-        options = {"checkpoint_steps": max(1, round(steps**0.5))} if checkpointed else {}
-        learner = kind(net, loss_of, optimizer=optimizer, **options)
+        learner = library.NaiveMAML(net, loss_of, optimizer=optimizer)
         batch = (task.support, task.support_labels)
         updated = learner([batch] * steps, opt_kwargs={})[0]
         loss = _loss(updated, task.query, task.query_labels)
@@ -82,8 +80,7 @@ def available() -> tuple[dict[str, dict[str, Callable]], list[str]]:
     wanted: dict[str, Callable[[], dict[str, Callable]]] = {
         "higher": lambda: {"maml": higher(False), "fomaml": higher(True)},
         "torchopt": lambda: {"maml": torchopt()},
-        "torch_maml": lambda: {"maml": torch_maml(False)},
-        "torch_maml, checkpoints": lambda: {"maml": torch_maml(True)},
+        "torch_maml": lambda: {"maml": torch_maml()},
     }
     found: dict[str, dict[str, Callable]] = {}
     missing = []

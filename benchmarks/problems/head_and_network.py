@@ -87,10 +87,6 @@ def networks() -> Example:
 def exact_hypergradient(example: Example, steps: int = 20_000) -> tuple[Any, float]:
     """Σ_i ∇F_i in float64, by long gradient descent and a dense solve.
 
-    Args:
-        example: in any precision.
-        steps: of gradient descent.
-
     Returns:
         The gradient, and the largest ‖∇_φ g‖ that was left of a task.
     """

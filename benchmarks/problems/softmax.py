@@ -25,15 +25,10 @@ REFERENCE_STEPS = 12
 
 @dataclass(frozen=True)
 class Heads:
-    """Tasks of classifying three Gaussian clouds through shared linear features.
+    """Tasks of classifying three Gaussian clouds through shared linear features."""
 
-    Attributes:
-        ridge: ρ = μ.
-        decay: λ, of θ.
-    """
-
-    ridge: float = 0.1
-    decay: float = 0.0
+    ridge: float = 0.1  # ρ = μ
+    decay: float = 0.0  # λ, of θ
 
     def sample(self, key: Array, count: int) -> Task:
         """`count` independent tasks."""
