@@ -60,9 +60,8 @@ def error_against_steps(keys: Array, quick: bool) -> Experiment:
     for name, power in (("gradient descent", -1.0), ("accelerated", -0.5), ("CG", -0.5)):
         measured = np.stack(rates[name], axis=1)
         ratio = over_seeds((measured / theory[name]).min(axis=1))
-        claims.append(
-            Claim(f"{name}: rate / theory's rate, worst κ", "≥ 1", ratio, ratio.high >= 0.99)
-        )
+        text = f"{name}: rate / theory's rate, worst κ"
+        claims.append(Claim(text, "≥ 1", ratio, ratio.high >= 0.99))
         fit = slope(conditions, measured)
         close = fit.low - 0.15 <= power <= fit.high + 0.15
         claims.append(Claim(f"{name}: rate ∝ κ^p", f"p = {power:g} (± 0.15)", fit, close))
@@ -175,13 +174,11 @@ def complexity(keys: Array, quick: bool) -> Experiment:
         curves[name] = (levels[met], best[:, met])
         memory |= footprints({name: settings[-1][0]}, family, tasks)
         last = best[:, met][:, -1]
-        lines.append(
-            f"{name:24} ε = {levels[met][-1]:.1g} after {np.median(last):.0f} products a task"
-        )
+        after = f"after {np.median(last):.0f} products a task"
+        lines.append(f"{name:24} ε = {levels[met][-1]:.1g} {after}")
         fit = slope(levels[met], best[:, met])
-        claims.append(
-            Claim(f"products to reach ε ∝ ε^-p, {name}", "p ≤ 1", negated(fit), -fit.low <= 1)
-        )
+        text = f"products to reach ε ∝ ε^-p, {name}"
+        claims.append(Claim(text, "p ≤ 1", negated(fit), -fit.low <= 1))
     claims.append(flat({n: m for n, m in memory.items() if "ITD" not in n}, "complexity"))
     axes = ("ε, relative to the start", "gradients + Hessian-vector products a task")
     return Experiment("Complexity", axes, curves, claims, tuple(lines), memory)

@@ -138,12 +138,7 @@ def trajectory(
 
 
 def run(
-    make: Make,
-    family: Family,
-    keys: Array,
-    count: int,
-    tasks: int,
-    quick: bool = False,
+    make: Make, family: Family, keys: Array, count: int, tasks: int, quick: bool = False
 ) -> tuple[np.ndarray, Any]:
     """`trajectory` on the quadratic family, vmapped over seeds; the outer rate is 1/L_F."""
 

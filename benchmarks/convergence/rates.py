@@ -147,9 +147,7 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
         return trajectory(step, heads.start(key), drawn, lambda t: heads.gradient(t, drawn), count)
 
     made = {
-        f"{name}, K = CG = 5": meta_step(
-            problem, 5, implicit(cg(5)), rate, kept, fast=True, decay=heads.decay
-        )
+        f"{name}, K = CG = 5": meta_step(problem, 5, implicit(cg(5)), rate, kept, True, heads.decay)
         for name, kept in (("cold", 0), ("warm", tasks))
     }
     found = {
@@ -161,10 +159,8 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
     fit = slope(at + 1.0, found["warm, K = CG = 5"][:, at])
     error, bound = softmax_errors(keys[0], 32 if quick else 256)
     covered = over_seeds((bound >= error).astype(float))
-    memory = {
-        name: footprint(step, heads.start(keys[0]), heads.sample(keys[0], tasks))
-        for name, step in made.items()
-    }
+    drawn, start = heads.sample(keys[0], tasks), heads.start(keys[0])
+    memory = {name: footprint(step, start, drawn) for name, step in made.items()}
     exact, limit = ("< cold", cold.low) if quick else ("≤ -10", -10)
     claims = [
         Claim("exact: log10 ‖∇F‖² at the end, softmax, warm", exact, warm, warm.high <= limit),
@@ -181,10 +177,8 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
 
 def softmax_errors(key: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
     """True errors in θ of single tasks, and ‖X‖ times the bounds in feature space."""
-    heads = Heads()
-    step = mm.make_meta_step(
-        heads.problem(), mm.InnerLoop(steps=30), implicit(cg(5)), optax.identity()
-    )
+    heads, inner = Heads(), mm.InnerLoop(steps=30)
+    step = mm.make_meta_step(heads.problem(), inner, implicit(cg(5)), optax.identity())
 
     def one(key: Array) -> tuple[Array, Array]:
         drawn, theta = heads.sample(key, 1), heads.start(key)

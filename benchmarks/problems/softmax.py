@@ -46,12 +46,8 @@ class Heads:
         """The bilevel problem; its certificates hold in the space of the features."""
 
         def embed(theta: Array, task: Task) -> HeadContext:
-            return HeadContext(
-                task.support_inputs @ theta,
-                task.support_targets,
-                task.query_inputs @ theta,
-                task.query_targets,
-            )
+            support, query = task.support_inputs @ theta, task.query_inputs @ theta
+            return HeadContext(support, task.support_targets, query, task.query_targets)
 
         zeros = {"kernel": jnp.zeros((FEATURES, WAYS)), "bias": jnp.zeros(WAYS)}
         return softmax_problem(embed, lambda theta: zeros, self.ridge)

@@ -7,12 +7,10 @@ First, on simulated devices of a CPU: weak scaling (two tasks a device) and stro
 in all) of a small meta-step. The gradient is compared with that of one device; collectives and the
 bytes they carry are read from the compiled program. Seconds stand in brackets where the devices are
 more than the cores: they say nothing of scaling then. Then, for full-size workloads, the model of
-`benchmarks.scaling.pod` up to 10,000 devices, and what stands in the way first. Writes scaling.json
-and scaling.png.
+`benchmarks.scaling.pod` up to 10,000 devices, and what limits it first. Writes scaling.json.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +18,6 @@ import numpy as np
 import optax
 
 import memmeta as mm
-from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import collectives, compiled
 from benchmarks.harness.tables import Row, aim, cores, show, write
@@ -116,22 +113,6 @@ def full_size(quick: bool) -> dict[str, Work]:
     return found
 
 
-def picture(works: dict[str, Work], chip: Chip, path: Path) -> None:
-    """Milliseconds of a meta-step against devices: strong, weak, and the all-reduce alone."""
-    with pictures.panels(path, 2, columns=2, size=(5.5, 4.2)) as panels:
-        for panel, weak in zip(panels, (False, True), strict=True):
-            for number, (name, each) in enumerate(works.items()):
-                rows = curve(each, chip, POD, HELD if weak else BATCH, weak)
-                counts, colour = [row["devices"] for row in rows], f"C{number}"
-                panel.plot(counts, [r["ms"] for r in rows], "o-", c=colour, ms=3, label=name)
-                message = [r["bandwidth"] + r["latency"] for r in rows]
-                panel.plot(counts[1:], message[1:], ":", c=colour)
-            title = f"weak: {HELD} tasks a device" if weak else f"strong: {BATCH} tasks"
-            panel.set(xscale="log", yscale="log", xlabel="devices", title=f"{title} (a model)")
-            panel.set(ylabel="ms a meta-step; dotted: the all-reduce")
-        panels[0].legend(fontsize=7)
-
-
 def predictions(works: dict[str, Work], chip: Chip) -> dict[str, list[Row]]:
     """Every table of the model, printed."""
     print(f"\nA model, not a measurement. {chip}\n{SOURCES}")
@@ -171,7 +152,6 @@ def main(arguments: list[str] | None = None) -> None:
     works = full_size(options.quick)
     model = predictions(works, chip)
     write(options.out / "scaling.json", {"measured": tables, "aims": lines, "model": model})
-    picture(works, chip, options.out / "scaling.png")
 
 
 if __name__ == "__main__":
