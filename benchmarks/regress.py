@@ -42,18 +42,16 @@ BODY = "network_body"
 
 
 def traced(method: str) -> dict[str, float]:
-    """What a method's program makes, as it was written."""
+    """Counts of a method's program as it was written."""
     step = meta_step(made := learner(with_named_body(SMALL.network()), method, STEPS), 1)
     state = jax.eval_shape(lambda: step.init(made.init(jax.random.key(0))))
     program = jax.make_jaxpr(step.update)(state, SMALL.shapes()).jaxpr
-    return {
-        "convolutions": made_by(program, is_convolution),
-        "passes": made_by(program, is_pass),
-    }
+    kinds = {"convolutions": is_convolution, "passes": is_pass}
+    return {name: made_by(program, counts) for name, counts in kinds.items()}
 
 
 def compiled(method: str) -> dict[str, float]:
-    """What the compiler makes of it."""
+    """Counts of the program that the compiler makes of it, and how often it compiles."""
     step = meta_step(made := learner(SMALL.network(), method, STEPS), 1)
     state, tasks = step.init(made.init(jax.random.key(0))), jax.jit(SMALL.batch)()
     program = compiled_step(made, SMALL, chunk=1)
@@ -99,9 +97,8 @@ def grown(found: dict[str, dict[str, float]], limits: dict[str, dict[str, float]
         for name, value in each.items():
             limit = limits.get(method, {}).get(name)
             verdict = "NEW" if limit is None else "GREW" if value > limit * ROOM else ""
-            lines.append(
-                {"method": method, "count": name, "found": value, "limit": limit, "": verdict}
-            )
+            row: Row = {"method": method, "count": name, "found": value}
+            lines.append(row | {"limit": limit, "": verdict})
     return lines
 
 
@@ -117,19 +114,17 @@ def main(arguments: list[str] | None = None) -> int:
     for method in COMPILED:
         found[method] |= compiled(method)
     floor = supervised(SMALL.network(), SMALL._replace(tasks=1))
-    found["supervised gradient"] = {
-        "bytes": round(temporary_megabytes(floor) * 1e6),
-        "FLOPs": flops(floor),
-    }
+    size = round(temporary_megabytes(floor) * 1e6)
+    found["supervised gradient"] = {"bytes": size, "FLOPs": flops(floor)}
     write(options.out / "regress.json", {"counts": found})
     if options.update:
         LIMITS.write_text(json.dumps(found, indent=1) + "\n")
     lines = grown(found, json.loads(LIMITS.read_text()))
     show("Counts of a meta-step", lines)
-    worse = [line for line in lines if line[""]]
+    worse = sum(bool(line[""]) for line in lines)
     if worse:
-        print(f"{len(worse)} counts have grown; if that is meant: benchmarks.regress --update")
-    return int(bool(worse))
+        print(f"{worse} counts have grown; if that is meant: python -m benchmarks.regress --update")
+    return int(worse > 0)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,7 @@ import jax
 
 from benchmarks.accuracy import table
 from benchmarks.accuracy.runs import BASELINE, Job, Record, results
-from benchmarks.accuracy.settings import (
-    CURVES,
-    Preset,
-    Setting,
-    methods_of,
-    recipe_of,
-    sizes_of,
-)
+from benchmarks.accuracy.settings import CURVES, Preset, Setting, methods_of, recipe_of, sizes_of
 from benchmarks.harness.arguments import make_parser
 from memmeta.data import DataError
 from memmeta.few_shot.algorithms import METHODS
@@ -95,11 +88,10 @@ def run(job: Job, seeds: list[int], data_dir: str | None, path: Path) -> None:
 
 def line(record: Record) -> str:
     """One result as it comes."""
-    figures = record["figures"]["transductive"]
-    found = ", ".join(
-        f"{f['mean']:.4f} ± {f['half_width']:.4f} ({n} steps)" for n, f in figures.items()
-    )
-    return f"{table.setting_of(record)}, {record['method']}, seed {record['seed']}: {found}"
+    figures = record["figures"]["transductive"].items()
+    found = [f"{f['mean']:.4f} ± {f['half_width']:.4f} ({n} steps)" for n, f in figures]
+    who = f"{table.setting_of(record)}, {record['method']}, seed {record['seed']}"
+    return f"{who}: {', '.join(found)}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,12 +4,10 @@
 
 Meta-trains memory_reduced twice from the same start on the same tasks, 5-way 1-shot, with a body
 that computes in float32 and in bfloat16 (parameters, statistics, heads, inner loop and linear
-solves are float32 in both), and judges both on the same held-out episodes. Writes precision.json
-and precision.png.
+solves are float32 in both), and tests both on the same held-out episodes. Writes precision.json.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ import optax
 from jaxtyping import Array
 
 import memmeta as mm
-from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, show, write
 from memmeta.data import Dataset
@@ -61,15 +58,6 @@ def trained(dtype: Any, options: argparse.Namespace) -> tuple[Row, np.ndarray]:
     return row, np.asarray(losses)
 
 
-def picture(losses: dict[str, np.ndarray], path: Path) -> None:
-    """Query loss over the meta-steps."""
-    with pictures.panels(path, size=(6, 3.5)) as (axes,):
-        for name, values in losses.items():
-            axes.plot(values, label=name, linewidth=1)
-        axes.set(xlabel="meta-step", ylabel="query loss", yscale="log")
-        axes.legend()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train both, print, write, draw."""
     parser = make_parser(__doc__, "precision")
@@ -85,7 +73,6 @@ def main(arguments: list[str] | None = None) -> None:
     show(title, rows)
     curves = {name: values.tolist() for name, values in losses.items()}
     write(options.out / "precision.json", {"rows": rows, "losses": curves})
-    picture(losses, options.out / "precision.png")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,8 @@ WITHOUT: dict[Name, str] = {"protonet": "classifies by class means: a curve has 
 """Methods that make no sense for regression, and why."""
 
 HEADS: dict[Name, float] = {
-    "memory_reduced": 0.1,
-    "anil": 0.0,
-    "itd_bio": 0.0,
-    "stocbio": 0.1,
-    "amigo": 0.1,
-    "pzobo": 0.1,
+    **dict.fromkeys(("memory_reduced", "stocbio", "amigo", "pzobo"), 0.1),
+    **dict.fromkeys(("anil", "itd_bio"), 0.0),
 }
 """Methods whose head adapts, with the ridge they have by default."""
 
@@ -37,13 +33,8 @@ HEADS: dict[Name, float] = {
 def learner(method: Name, network: Network, **options: Any) -> Learner:
     """A method of the literature with squared losses.
 
-    Args:
-        method: its name.
-        network: body and head; `ways` is the number of targets.
-        options: those of the method.
-
-    Returns:
-        The learner; the outer loss's auxiliary output is {"error": mean squared error}.
+    The network's `ways` is the number of targets; the outer loss's auxiliary output is {"error":
+    mean squared error}.
 
     Raises:
         ValueError: the method makes no sense for regression.
@@ -132,13 +123,7 @@ def gaussian_process(task: Task) -> Float[Array, ""]:
     $$k(x, x') = \sigma^2 (e^{-(x - x')^2 / 2 \ell^2} + \epsilon \, [x = x'])$$
 
     Mean zero; ℓ and ε are those of the largest marginal likelihood on a grid, σ² its maximiser in
-    closed form, yᵀ K⁻¹ y / n.
-
-    Args:
-        task: inputs and targets of one dimension.
-
-    Returns:
-        The error on the query points.
+    closed form, yᵀ K⁻¹ y / n. Inputs and targets have one dimension.
 
     Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), equations 2.25
     and 5.8.

@@ -154,7 +154,6 @@ def judge(
         # images alone: once for both kinds, which differ in the query pass.
         if answers is None or problem.structure is not None:
             answers = adapted(problem, inner, theta, context, stages)
-
         found[kind] = jax.lax.map(partial(_figure, problem, context, answers), jnp.arange(stages))
     return found
 
@@ -194,14 +193,11 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
     program = compiled(all_tasks, shape, dataset, quick=job.quick)
 
     def figures(theta: MetaParams, dataset: Split) -> dict[str, Any]:
-        found = jax.tree.map(np.asarray, program(theta, dataset))
-        return {
-            kind: {
-                str(inner.steps * stage): confidence_interval(column)._asdict()
-                for stage, column in enumerate(values.T, 1)
-            }
-            for kind, values in found.items()
-        }
+        found: dict[str, Any] = {}
+        for kind, values in jax.tree.map(np.asarray, program(theta, dataset)).items():
+            stages = [confidence_interval(column)._asdict() for column in values.T]
+            found[kind] = {str(inner.steps * k): stage for k, stage in enumerate(stages, 1)}
+        return found
 
     return figures
 

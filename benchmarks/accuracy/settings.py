@@ -7,7 +7,7 @@ the baselines' rate of Adam is taken to be that of the method. "same_inner": ANI
 the steps and the ridge of memory_reduced, so that the estimator alone is compared.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -151,16 +151,10 @@ def same_inner(setting: Setting, method: Name) -> Recipe:
     return Recipe(inner=mm.InnerLoop(steps=50), options={"ridge": 0.1})
 
 
-RECIPES: dict[Preset, Callable[[Setting, Name], Recipe]] = {
-    "tuned": tuned,
-    "authors": authors,
-    "same_inner": same_inner,
-}
-
-
 def recipe_of(preset: Preset, setting: Setting, method: Name) -> Recipe:
     """A method's recipe; raises as `authors` and `same_inner` do."""
-    return RECIPES[preset](setting, method)
+    recipes = {"tuned": tuned, "authors": authors, "same_inner": same_inner}
+    return recipes[preset](setting, method)
 
 
 def methods_of(setting: Setting, preset: Preset = "tuned") -> list[Name]:

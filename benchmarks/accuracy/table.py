@@ -130,8 +130,7 @@ def _one_table(title: str, records: Sequence[Record]) -> str:
         for row, found in zip(rows, published, strict=True):
             row.append(f"{found[0]} [{found[1]}]" if found else "")
         notes = ["", *sources({found[1] for found in published if found})]
-    rows = [columns, ["---"] * len(columns), *rows]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
     return "\n".join([f"\n**{title}**: {_figure(setting)}\n", *lines, *notes])
 
 
@@ -141,24 +140,18 @@ def _figure(setting: Setting) -> str:
 
 def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
     first = group[0]
-    method, preset = first["method"], first["preset"]
-    cells = [method + KINDS[preset]]
+    cells = [first["method"] + KINDS[first["preset"]]]
     scale = 1.0 if setting_of(first).curves else 100.0
     for kind in kinds:
         by_steps = [list(record["figures"][kind].values()) for record in group]
         for stage in range(2):
             one_more = len(by_steps[0]) > stage
             cells.append(summary([f[stage] for f in by_steps], scale) if one_more else "–")
-    if method == BASELINE:
+    if first["method"] == BASELINE:
         return [*cells, *["–"] * 5]
-    return [
-        *cells,
-        next(iter(first["figures"][kinds[0]])),
-        str(first["meta_steps"]),
-        f"{np.mean([record['seconds'] for record in group]):.1f}",
-        f"{first['temporary_megabytes']:.1f}",
-        seeds(group, scale),
-    ]
+    seconds = f"{np.mean([record['seconds'] for record in group]):.1f}"
+    cells += [next(iter(first["figures"][kinds[0]])), str(first["meta_steps"]), seconds]
+    return [*cells, f"{first['temporary_megabytes']:.1f}", seeds(group, scale)]
 
 
 def picture(records: Sequence[Record], path: Path) -> None:

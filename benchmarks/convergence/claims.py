@@ -74,18 +74,13 @@ def record(experiment: Experiment) -> dict[str, Any]:
     """An experiment as plain numbers."""
 
     def thinned(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-        last = len(x) - 1
-        at = np.unique(np.geomspace(1, last + 1, min(POINTS, last + 1)).astype(int)) - 1
+        at = np.unique(np.geomspace(1, len(x), min(POINTS, len(x))).astype(int)) - 1
         return {"x": np.asarray(x)[at].tolist(), "y": np.asarray(y)[:, at].tolist()}
 
-    return {
-        "title": experiment.title,
-        "axes": experiment.axes,
-        "claims": [claim._asdict() | {"fit": claim.fit._asdict()} for claim in experiment.claims],
-        "lines": experiment.lines,
-        "memory": {name: taken._asdict() for name, taken in experiment.memory.items()},
-        "curves": {name: thinned(*curve) for name, curve in experiment.curves.items()},
-    }
+    claims = [claim._asdict() | {"fit": claim.fit._asdict()} for claim in experiment.claims]
+    memory = {name: taken._asdict() for name, taken in experiment.memory.items()}
+    curves = {name: thinned(*curve) for name, curve in experiment.curves.items()}
+    return experiment._asdict() | {"claims": claims, "memory": memory, "curves": curves}
 
 
 def run(name: str, quick: bool) -> Experiment:

@@ -1,6 +1,5 @@
 """Claims of cost: steps for an accuracy, products for an accuracy, memory."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +13,9 @@ from benchmarks.convergence.experiment import (
     LONGER,
     Experiment,
     Footprint,
-    Method,
-    Step,
+    Make,
     evaluated,
+    fixed,
     flat,
     footprints,
     ill_conditioned,
@@ -42,8 +41,8 @@ def error_against_steps(keys: Array, quick: bool) -> Experiment:
         inner = inner_errors(key, family, most)
         return inner | {"CG": linear_errors(key, family, products)}
 
-    over_conditions = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
-    errors = evaluated(over_conditions, keys, jnp.asarray(conditions), quick=quick)
+    everywhere = jax.vmap(jax.vmap(one, (0, None)), (None, 0))
+    errors = evaluated(everywhere, keys, jnp.asarray(conditions), quick=quick)
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     claims, rates = [], {}
     for name, found in errors.items():
@@ -61,35 +60,30 @@ def error_against_steps(keys: Array, quick: bool) -> Experiment:
     for name, power in (("gradient descent", -1.0), ("accelerated", -0.5), ("CG", -0.5)):
         measured = np.stack(rates[name], axis=1)
         ratio = over_seeds((measured / theory[name]).min(axis=1))
-        claims.append(
-            Claim(f"{name}: rate / theory's rate, worst κ", "≥ 1", ratio, ratio.high >= 0.99)
-        )
+        text = f"{name}: rate / theory's rate, worst κ"
+        claims.append(Claim(text, "≥ 1", ratio, ratio.high >= 0.99))
         fit = slope(conditions, measured)
         close = fit.low - 0.15 <= power <= fit.high + 0.15
         claims.append(Claim(f"{name}: rate ∝ κ^p", f"p = {power:g} (± 0.15)", fit, close))
     kinds = error_footprints(Family(jnp.linspace(1.0, 10.0, dim), jnp.ones(dim)))
     claims.append(flat(kinds, "error"))
     memory = {name: kinds[name.split(",")[0]] for name in curves}
-    axes = ("K, or CG steps", "‖∇̂F − ∇F‖")
     title = "Hypergradient error: geometric in K and in CG steps"
-    return Experiment(title, axes, curves, claims, memory=memory)
+    return Experiment(title, ("K, or CG steps", "‖∇̂F − ∇F‖"), curves, claims, memory=memory)
 
 
 def error_footprints(family: Family) -> dict[str, Footprint]:
     """The memory of a meta-step against inner steps of two kinds, and against CG steps."""
 
-    def inner(fast: bool) -> Callable[[mm.Problem, Array], Step]:
+    def inner(fast: bool) -> Make:
         return lambda problem, rate: meta_step(problem, 30, implicit(cg(20)), rate, fast=fast)
 
     found = footprints({"gradient descent": inner(False), "accelerated": inner(True)}, family, 1)
     drawn = jax.eval_shape(lambda: family.sample(jax.random.key(0), 1))
-
-    def linear(steps: int) -> float:
-        step = meta_step(family.problem(), 30, implicit(cg(steps)), 0.1)
-        return megabytes(step, jnp.zeros_like(family.coupling), drawn)
-
-    few = 4
-    return found | {"CG": Footprint((few, LONGER * few), (linear(few), linear(LONGER * few)))}
+    theta, steps = jnp.zeros_like(family.coupling), (4, 4 * LONGER)
+    made = [meta_step(family.problem(), 30, implicit(cg(count)), 0.1) for count in steps]
+    small, large = (megabytes(step, theta, drawn) for step in made)
+    return found | {"CG": Footprint(steps, (small, large))}
 
 
 def inner_errors(key: Array, family: Family, most: int) -> dict[str, Array]:
@@ -131,32 +125,26 @@ def linear_errors(key: Array, family: Family, products: list[int]) -> Array:
     return jnp.stack([error(steps) for steps in products])
 
 
-def methods(tasks: int) -> dict[str, list[Method]]:
-    """The comparators, each with the settings it may choose from."""
+def methods(tasks: int) -> dict[str, list[tuple[Make, int]]]:
+    """The comparators, each with the settings it may choose from.
 
-    def cold(k: int) -> Method:
-        return Method(lambda p, r: meta_step(p, k, implicit(cg(k)), r, fast=True), 2 * k + 1)
+    A setting is how to make its step, and the products that it takes of each task: gradients,
+    Hessian-vector and mixed products.
+    """
 
-    def itd(k: int) -> Method:  # a gradient forth; a Hessian-vector and a mixed product back
-        return Method(lambda p, r: meta_step(p, k, unrolled(), r, fast=True), 3 * k)
+    def soba(scale: float) -> Make:
+        estimator = implicit(neumann(1, rate=0.1))
+        return lambda problem, rate: meta_step(problem, 1, estimator, scale * rate, warm=tasks)
 
-    def amigo(k: int) -> Method:  # one product more: the warm start's residual
-        def make(problem: mm.Problem, rate: Array) -> Step:
-            return meta_step(problem, k, implicit(cg(k)), rate, warm=tasks, fast=True)
-
-        return Method(make, 2 * k + 2)
-
-    def soba(scale: float) -> Method:
-        def make(problem: mm.Problem, rate: Array) -> Step:
-            return meta_step(problem, 1, implicit(neumann(1, rate=0.1)), scale * rate, warm=tasks)
-
-        return Method(make, 3)
-
+    itd = lambda k: lambda p, r: meta_step(p, k, unrolled(), r, fast=True)  # noqa: E731
+    several = (10, 20, 40)
     return {
-        "memory_reduced": [cold(k) for k in (10, 20, 40)],
-        "ITD / MAML": [itd(k) for k in (10, 20, 40)],
-        "AmIGO-type warm starts": [amigo(k) for k in (1, 4)],
-        "SOBA-type single loop": [soba(s) for s in (1.0, 0.3)],
+        "memory_reduced": [(fixed(k, fast=True), 2 * k + 1) for k in several],
+        # a gradient on the way there; a Hessian-vector and a mixed product on the way back
+        "ITD / MAML": [(itd(k), 3 * k) for k in several],
+        # one product more than memory_reduced: the residual at the remembered v
+        "AmIGO-type warm starts": [(fixed(k, tasks, fast=True), 2 * k + 2) for k in (1, 4)],
+        "SOBA-type single loop": [(soba(scale), 3) for scale in (1.0, 0.3)],
     }
 
 
@@ -172,27 +160,25 @@ def complexity(keys: Array, quick: bool) -> Experiment:
         chosen = {name: chosen[name] for name in ("memory_reduced", "SOBA-type single loop")}
     for name, settings in chosen.items():
         needed = []
-        for setting in settings[-1:] if quick else settings:
-            squares, _ = run(setting.make, family, keys, count, tasks, quick)
+        for make, products in settings[-1:] if quick else settings:
+            squares, _ = run(make, family, keys, count, tasks, quick)
             relative = np.minimum.accumulate(squares / squares[:, :1], axis=1)
             reached = relative[:, None, :] <= levels[:, None]
             first = np.where(reached.any(axis=2), reached.argmax(axis=2) + 1, np.inf)
-            needed.append(first * setting.products)
+            needed.append(first * products)
         best = np.min(needed, axis=0)
         met = np.isfinite(best).all(axis=0)
         if met.sum() < 2:
             lines.append(f"{name:24} reaches no two of the levels")
             continue
         curves[name] = (levels[met], best[:, met])
-        memory |= footprints({name: settings[-1].make}, family, tasks)
+        memory |= footprints({name: settings[-1][0]}, family, tasks)
         last = best[:, met][:, -1]
-        lines.append(
-            f"{name:24} ε = {levels[met][-1]:.1g} after {np.median(last):.0f} products a task"
-        )
+        after = f"after {np.median(last):.0f} products a task"
+        lines.append(f"{name:24} ε = {levels[met][-1]:.1g} {after}")
         fit = slope(levels[met], best[:, met])
-        claims.append(
-            Claim(f"products to reach ε ∝ ε^-p, {name}", "p ≤ 1", negated(fit), -fit.low <= 1)
-        )
+        text = f"products to reach ε ∝ ε^-p, {name}"
+        claims.append(Claim(text, "p ≤ 1", negated(fit), -fit.low <= 1))
     claims.append(flat({n: m for n, m in memory.items() if "ITD" not in n}, "complexity"))
     axes = ("ε, relative to the start", "gradients + Hessian-vector products a task")
     return Experiment("Complexity", axes, curves, claims, tuple(lines), memory)
@@ -207,39 +193,31 @@ def memory(keys: Array, quick: bool) -> Experiment:
     dim, tasks = (1000, 4) if quick else (10_000, 8)
     family = Family(jnp.linspace(1.0, 10.0, dim), jnp.ones(dim))
     steps = np.array([20, 200] if quick else [2, 20, 200, 2000])
-    drawn = jax.eval_shape(lambda: family.sample(keys[0], tasks))
-    theta = jnp.zeros(dim)
-
+    drawn, theta = jax.eval_shape(lambda: family.sample(keys[0], tasks)), jnp.zeros(dim)
     quadratic = family.problem()
 
-    def bent(phi: Array, context: Any) -> Array:
-        # reverse mode stores no iterate of a linear map, and that of a quadratic is one
+    def not_quadratic(phi: Array, context: Any) -> Array:
+        # reverse mode stores no iterate of a linear map, and a gradient step on a quadratic is one
         return quadratic.inner_loss(phi, context) + jnp.sum(jnp.logaddexp(phi, -phi))
 
-    problem = replace(quadratic, inner_loss=bent, smoothness=lambda c: jnp.asarray(11.0))
-
-    def at(k: int) -> dict[str, Step]:
-        return {
-            "memory_reduced": meta_step(problem, k, implicit(cg(20)), 0.1),
-            "warm starts (AmIGO, SOBA)": meta_step(problem, k, implicit(cg(20)), 0.1, warm=tasks),
-            "ITD / MAML": meta_step(problem, k, unrolled(), 0.1),
-        }
-
-    found = {name: [megabytes(at(int(k))[name], theta, drawn) for k in steps] for name in at(1)}
-    claims = []
-    for name, power in (("memory_reduced", 0), ("warm starts (AmIGO, SOBA)", 0), ("ITD / MAML", 1)):
-        y = np.array(found[name])
+    bound = lambda context: jnp.asarray(11.0)  # noqa: E731
+    problem = replace(quadratic, inner_loss=not_quadratic, smoothness=bound)
+    made: dict[str, tuple[Any, int, int]] = {  # estimator, tasks remembered, expected exponent
+        "memory_reduced": (implicit(cg(20)), 0, 0),
+        "warm starts (AmIGO, SOBA)": (implicit(cg(20)), tasks, 0),
+        "ITD / MAML": (unrolled(), 0, 1),
+    }
+    found, claims, lines = {}, [], []
+    for name, (estimator, warm, power) in made.items():
+        at = [meta_step(problem, int(k), estimator, 0.1, warm=warm) for k in steps]
+        y = found[name] = np.array([megabytes(step, theta, drawn) for step in at])
         fit = over_seeds(np.polyfit(np.log(steps[-2:]), np.log(y[-2:]), 1)[:1])
         good = abs(fit.value - power) < 0.15
         claims.append(Claim(f"memory ∝ K^p, {name}", f"p = {power} (± 0.15)", fit, good))
-    warm = at(1)["warm starts (AmIGO, SOBA)"]
-    assert isinstance(warm, WarmStart)
-    kept = warm.memory_bytes(warm.init(theta)) / 1e6
-    lines = [
-        f"{name:26} MB at K = {steps.tolist()}: {np.round(y, 2).tolist()}"
-        for name, y in found.items()
-    ]
+        lines.append(f"{name:26} MB at K = {steps.tolist()}: {np.round(y, 2).tolist()}")
+        if isinstance(at[0], WarmStart):
+            kept = at[0].memory_bytes(at[0].init(theta)) / 1e6
     lines.append(f"warm starts keep {kept:.2f} MB more between steps ({tasks} tasks, {dim:,} each)")
-    curves = {name: (steps, np.array(y)[None]) for name, y in found.items()}
+    curves = {name: (steps, y[None]) for name, y in found.items()}
     title = f"Memory of a meta-step, dimension {dim:,}"
     return Experiment(title, ("inner steps K", "MB"), curves, claims, tuple(lines))

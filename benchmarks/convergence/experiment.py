@@ -15,20 +15,16 @@ import memmeta as mm
 from benchmarks.convergence.fits import Claim, over_seeds
 from benchmarks.harness.programs import compiled, temporary_megabytes
 from benchmarks.problems.quadratic import Family
+from memmeta.hypergradient import implicit, scheduled
+from memmeta.linear_solve import cg
 from memmeta.meta import WarmStart
 
 
 class Footprint(NamedTuple):
-    """Temporary memory of one meta-step, as compiled, at two lengths of the inner loop.
+    """Temporary memory of one meta-step, as compiled, at two lengths of the inner loop."""
 
-    Attributes:
-        steps: inner steps as in the curve (or linear, where it is against them), and `LONGER` times
-            as many.
-        megabytes: at each.
-    """
-
-    steps: tuple[int, int]
-    megabytes: tuple[float, float]
+    steps: tuple[int, int]  # of the curve (or of CG, where it is against them), `LONGER` times them
+    megabytes: tuple[float, float]  # at each
 
     def __str__(self) -> str:
         small, large = (f"{size:.3g}" for size in self.megabytes)
@@ -36,26 +32,19 @@ class Footprint(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """What one experiment found.
-
-    Attributes:
-        title: of its picture.
-        axes: labels of its axes.
-        curves: name -> (x, y) with y [seeds, points], for the picture and the JSON file.
-        claims: its lines of the table.
-        lines: other figures to print.
-        memory: name of a curve -> what a meta-step of it takes.
-    """
+    """What one experiment found: its panel of the picture and its lines of the table."""
 
     title: str
     axes: tuple[str, str]
-    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (x, y), y [seeds, points]
     claims: list[Claim]
-    lines: tuple[str, ...] = ()
-    memory: Mapping[str, Footprint] = MappingProxyType({})
+    lines: tuple[str, ...] = ()  # other figures to print
+    memory: Mapping[str, Footprint] = MappingProxyType({})  # by the names of curves
 
 
 Step = mm.MetaStep | WarmStart
+Make = Callable[[mm.Problem, Array], Step]
+"""The meta-step of a problem at an outer rate."""
 
 LONGER = 100
 """How many times longer an inner loop is made to see whether memory grows with it."""
@@ -83,6 +72,21 @@ def meta_step(
     return WarmStart(step, warm) if warm else step
 
 
+def fixed(k: int, warm: int = 0, fast: bool = False) -> Make:
+    """K inner steps and as many of conjugate gradients."""
+    return lambda problem, rate: meta_step(problem, k, implicit(cg(k)), rate, warm, fast)
+
+
+def tightening(tolerance: Callable[[Array], Array], most: int, warm: int = 0) -> Make:
+    """At meta-step t both loops stop at a tolerance, after at most so many inner steps."""
+
+    def make(problem: mm.Problem, rate: Array) -> Step:
+        estimator = scheduled(lambda t: implicit(cg(5), tolerance=tolerance(t)))
+        return meta_step(problem, most, estimator, rate, warm)
+
+    return make
+
+
 def megabytes(step: Step, theta: Any, tasks: Any) -> float:
     """What one compiled meta-step needs beside its arguments and results."""
     count = jax.tree.leaves(tasks)[0].shape[0]
@@ -91,13 +95,7 @@ def megabytes(step: Step, theta: Any, tasks: Any) -> float:
 
 
 def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
-    """The memory of a step as it is, and with an inner loop `LONGER` times as long.
-
-    Args:
-        step: any of them.
-        theta: θ.
-        tasks: arrays, or their shapes.
-    """
+    """The memory of a step as it is, and with an inner loop `LONGER` times as long."""
     cold = step.step if isinstance(step, WarmStart) else step
     steps = cold.inner.steps
     long = replace(cold, inner=replace(cold.inner, steps=LONGER * steps))
@@ -106,9 +104,7 @@ def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
     return Footprint((steps, LONGER * steps), sizes)
 
 
-def footprints(
-    methods: dict[str, Callable[[mm.Problem, Array], Step]], family: Family, tasks: int
-) -> dict[str, Footprint]:
+def footprints(methods: dict[str, Make], family: Family, tasks: int) -> dict[str, Footprint]:
     """The same for methods that `run` takes, at this number of tasks."""
     drawn = jax.eval_shape(lambda: family.sample(jax.random.key(0), tasks))
     theta, rate = jnp.zeros_like(family.coupling), 1 / family.smoothness
@@ -142,12 +138,7 @@ def trajectory(
 
 
 def run(
-    make: Callable[[mm.Problem, Array], Step],
-    family: Family,
-    keys: Array,
-    count: int,
-    tasks: int,
-    quick: bool = False,
+    make: Make, family: Family, keys: Array, count: int, tasks: int, quick: bool = False
 ) -> tuple[np.ndarray, Any]:
     """`trajectory` on the quadratic family, vmapped over seeds; the outer rate is 1/L_F."""
 
@@ -169,10 +160,3 @@ def ill_conditioned(dim: int, convex: bool) -> Family:
     """
     spectrum, coupling = jnp.linspace(1.0, 10.0, dim), jnp.arange(1.0, dim + 1) ** -0.75
     return Family(spectrum, coupling, convex, scale=coupling / spectrum)
-
-
-class Method(NamedTuple):
-    """A method of the comparison, and its products (gradients, HVPs, mixed) per task and step."""
-
-    make: Callable[[mm.Problem, Array], Step]
-    products: int

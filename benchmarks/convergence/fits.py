@@ -20,17 +20,10 @@ class Fit(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        claim: what is claimed.
-        expected: of the fitted quantity, as text.
-        fit: what was measured.
-        holds: whether the interval agrees.
-    """
+    """One line of the table."""
 
     claim: str
-    expected: str
+    expected: str  # of the fitted quantity
     fit: Fit
     holds: bool
 

@@ -86,15 +86,11 @@ def glyphs(width: int, accuracy: float) -> None:
         squares.append(float(square))
     fit = over_seeds(np.array(squares))
     verdict = "the guarantee held" if fit.high <= accuracy else "THE GUARANTEE DID NOT HOLD"
-    print(
-        f"Measured: mean of ‖∇F‖² over {found.meta_steps} meta-steps of {2 * half} tasks = {fit}, "
-        f"{squares[0]:.2g} at the first: {verdict}"
-    )
+    steps = f"{found.meta_steps} meta-steps of {2 * half} tasks"
+    print(f"Measured: mean of ‖∇F‖² over {steps} = {fit}, {squares[0]:.2g} at the first: {verdict}")
     ended = propose(problem, theta, measured_on, accuracy)
-    print(
-        f"At the end: L = {ended.smoothness:.3g}, L_F = {ended.outer_smoothness:.3g}, "
-        f"σ² = {ended.variance:.3g}, F = {ended.loss:.3g}"
-    )
+    constants = f"L = {ended.smoothness:.3g}, L_F = {ended.outer_smoothness:.3g}"
+    print(f"At the end: {constants}, σ² = {ended.variance:.3g}, F = {ended.loss:.3g}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """Claims of convergence: deterministic, stochastic, softmax heads, accuracy on demand."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,71 +11,67 @@ from jaxtyping import Array
 import memmeta as mm
 from benchmarks.convergence.experiment import (
     Experiment,
-    Footprint,
     Step,
     evaluated,
+    fixed,
     flat,
     footprint,
     footprints,
     ill_conditioned,
     meta_step,
     run,
+    tightening,
     trajectory,
 )
 from benchmarks.convergence.fits import Claim, over_seeds, slope
 from benchmarks.problems.quadratic import Family
 from benchmarks.problems.softmax import Heads
-from memmeta.hypergradient import implicit, scheduled
+from memmeta.hypergradient import implicit
 from memmeta.linear_solve import cg
 
 
 def deterministic(keys: Array, quick: bool) -> Experiment:
     """All tasks each iteration: cold, warm and tightening, then 10,000 dimensions."""
-    count = 300 if quick else 1500
     family = Family(jnp.linspace(1.0, 4.0, 40), jnp.ones(40))
-
-    def tightening(problem: mm.Problem, rate: Array) -> Step:
-        schedule = scheduled(lambda t: implicit(cg(5), tolerance=(0.9 if quick else 0.97) ** t))
-        return meta_step(problem, 400, schedule, rate)
-
-    methods: dict[str, Callable] = {
-        "cold, K = CG = 5": lambda p, r: meta_step(p, 5, implicit(cg(5)), r),
-        "cold, K = CG = 20": lambda p, r: meta_step(p, 20, implicit(cg(20)), r),
-        "warm, K = CG = 3": lambda p, r: meta_step(p, 3, implicit(cg(3)), r, warm=8),
-        "cold, tightening tolerance": tightening,
+    methods = {
+        "cold, K = CG = 5": fixed(5),
+        "cold, K = CG = 20": fixed(20),
+        "warm, K = CG = 3": fixed(3, warm=8),
+        "cold, tightening tolerance": tightening(lambda t: (0.9 if quick else 0.97) ** t, 400),
     }
     if quick:
         del methods["cold, K = CG = 20"]
+    count = 300 if quick else 1500
     found = {n: run(make, family, keys, count, 8, quick)[0] for n, make in methods.items()}
+    ends = {name: over_seeds(np.log10(squares[:, -1])) for name, squares in found.items()}
     claims, memory = [], footprints(methods, family, 8)
     for name in ("warm, K = CG = 3", "cold, tightening tolerance"):
-        last = over_seeds(np.log10(found[name][:, -1]))
-        claims.append(
-            Claim(f"exact: log10 ‖∇F‖² at the end, {name}", "≤ -10", last, last.high <= -10)
-        )
-    biased = over_seeds(np.log10(found["cold, K = CG = 5"][:, -1]))
-    claims.append(
-        Claim("biased: log10 ‖∇F‖² at the end, cold, K = CG = 5", "> -10", biased, biased.low > -10)
-    )
+        text = f"exact: log10 ‖∇F‖² at the end, {name}"
+        claims.append(Claim(text, "≤ -10", ends[name], ends[name].high <= -10))
+    text, biased = "biased: log10 ‖∇F‖² at the end, cold, K = CG = 5", ends["cold, K = CG = 5"]
+    claims.append(Claim(text, "> -10", biased, biased.low > -10))
     for dim, seeds in () if quick else ((1000, keys), (10_000, keys[:3])):
-        wide = ill_conditioned(dim, convex=False)
         name = f"warm, not convex, dimension {dim:,}"
-
-        def warm(problem: mm.Problem, rate: Array) -> Step:
-            return meta_step(problem, 3, implicit(cg(3)), rate, warm=4)
-
-        squares, report = run(warm, wide, seeds, 1000, 4)
-        memory |= footprints({name: warm}, wide, 4)
-        at = np.unique(np.geomspace(50, 1000, 12).astype(int)) - 1
-        fit = slope(at + 1.0, squares[:, at])
-        found[name] = squares
-        claims.append(Claim(f"rate: ‖∇F‖² ∝ k^p, {name}", "p ≤ -1", fit, fit.high <= -1))
-        share = over_seeds(share_of_theorem(wide, seeds, squares, report))
-        claims.append(Claim(f"theorem: largest share used, {name}", "≤ 1", share, share.value <= 1))
+        found[name], more = in_many_dimensions(name, dim, seeds)
+        claims += more
+        memory |= footprints({name: fixed(3, warm=4)}, ill_conditioned(dim, convex=False), 4)
     claims.append(flat(memory, "deterministic"))
     curves = {name: (np.arange(1, y.shape[1] + 1), y) for name, y in found.items()}
     title = "Deterministic: all tasks each iteration"
     return Experiment(title, ("outer iterations k", "‖∇F‖²"), curves, claims, memory=memory)
+
+
+def in_many_dimensions(name: str, dim: int, keys: Array) -> tuple[np.ndarray, list[Claim]]:
+    """Warm starts on a problem that is not convex: ‖∇F‖², its rate and the theorem's bound."""
+    family = ill_conditioned(dim, convex=False)
+    squares, report = run(fixed(3, warm=4), family, keys, 1000, 4)
+    at = np.unique(np.geomspace(50, 1000, 12).astype(int)) - 1
+    fit = slope(at + 1.0, squares[:, at])
+    share = over_seeds(share_of_theorem(family, keys, squares, report))
+    return squares, [
+        Claim(f"rate: ‖∇F‖² ∝ k^p, {name}", "p ≤ -1", fit, fit.high <= -1),
+        Claim(f"theorem: largest share used, {name}", "≤ 1", share, share.value <= 1),
+    ]
 
 
 def share_of_theorem(family: Family, keys: Array, squares: np.ndarray, report: Any) -> np.ndarray:
@@ -93,19 +88,41 @@ def stochastic(keys: Array, quick: bool) -> Experiment:
     family = Family(jnp.linspace(1.0, 3.0, 20), jnp.ones(20))
     sizes = (1, 16) if quick else (1, 4, 16, 64, 256)
     pool, count = (256, 300) if quick else (1024, 800)
-    problem, rate = family.problem(), 0.2 / family.smoothness
+    made = {size: step_of_batch(family, size) for size in sizes}
+    found = {s: drawn_anew(step, family, keys, s, pool, count, quick) for s, step in made.items()}
+    floors = np.stack([found[s][:, count // 2 :].mean(axis=1) for s in sizes], axis=1)
+    fit = slope(np.array(sizes), floors)
+    steps = np.arange(1, count + 1)
+    excess = found[sizes[-1]].cumsum(axis=1) / steps - floors[:, -1:]
+    at = np.unique(np.geomspace(count // 8, count // 2, 10).astype(int)) - 1
+    near = slope(at + 1.0, np.maximum(excess[:, at], 1e-300))
+    name = f"mean_(j≤k) ‖∇F‖² − floor ∝ k^p, |B| = {sizes[-1]}"
+    claims = [
+        Claim("floor of ‖∇F‖² ∝ |B|^p", "p = -1", fit, fit.low <= -1 <= fit.high),
+        Claim(name, "p ≤ -1, or near", near, near.value < -0.9),
+    ]
+    curves = {f"|B| = {s}": (steps, found[s]) for s in sizes}
+    theta, one = jnp.zeros(family.spectrum.size), keys[0]
+    memory = {f"|B| = {s}": footprint(made[s], theta, family.sample(one, s)) for s in sizes}
+    claims.append(flat(memory, "stochastic"))
+    title = "Stochastic: |B| fresh tasks each iteration, in chunks of at most 16"
+    return Experiment(title, ("k", "‖∇F‖²"), curves, claims, memory=memory)
 
-    def made(size: int) -> mm.MetaStep:
-        return mm.make_meta_step(
-            problem,
-            mm.InnerLoop(mm.inner.accelerated(), 15),
-            implicit(cg(8)),
-            optax.sgd(rate),
-            task_chunk=min(size, 16),
-        )
 
-    def one(key: Array, size: int) -> Array:
-        tasks, step = family.sample(key, pool), made(size)
+def step_of_batch(family: Family, size: int) -> mm.MetaStep:
+    """The paper's method at a fifth of the outer rate 1/L_F."""
+    inner, outer = mm.InnerLoop(mm.inner.accelerated(), 15), optax.sgd(0.2 / family.smoothness)
+    parts = (family.problem(), inner, implicit(cg(8)), outer)
+    return mm.make_meta_step(*parts, task_chunk=min(size, 16))
+
+
+def drawn_anew(
+    step: mm.MetaStep, family: Family, keys: Array, size: int, pool: int, count: int, quick: bool
+) -> np.ndarray:
+    """‖∇F(θ_k)‖² over a pool of tasks, of which each meta-step draws `size` at random."""
+
+    def one(key: Array) -> Array:
+        tasks = family.sample(key, pool)
 
         def body(state: Any, key: Array) -> tuple[Any, Array]:
             square = jnp.sum(family.gradient(state.meta_params, tasks) ** 2)
@@ -116,31 +133,7 @@ def stochastic(keys: Array, quick: bool) -> Experiment:
         draws = jax.random.split(jax.random.fold_in(key, 1), count)
         return jax.lax.scan(body, step.init(3 * jnp.ones(family.spectrum.size)), draws)[1]
 
-    found = {
-        s: np.asarray(evaluated(jax.vmap(lambda k, s=s: one(k, s)), keys, quick=quick))
-        for s in sizes
-    }
-    floors = np.stack([found[s][:, count // 2 :].mean(axis=1) for s in sizes], axis=1)
-    fit = slope(np.array(sizes), floors)
-    steps = np.arange(1, count + 1)
-    excess = found[sizes[-1]].cumsum(axis=1) / steps - floors[:, -1:]
-    at = np.unique(np.geomspace(count // 8, count // 2, 10).astype(int)) - 1
-    approach = slope(at + 1.0, np.maximum(excess[:, at], 1e-300))
-    claims = [
-        Claim("floor of ‖∇F‖² ∝ |B|^p", "p = -1", fit, fit.low <= -1 <= fit.high),
-        Claim(
-            f"mean_(j≤k) ‖∇F‖² − floor ∝ k^p, |B| = {sizes[-1]}",
-            "p ≤ -1, or near",
-            approach,
-            approach.value < -0.9,
-        ),
-    ]
-    curves = {f"|B| = {s}": (steps, found[s]) for s in sizes}
-    theta = jnp.zeros(family.spectrum.size)
-    memory = {f"|B| = {s}": footprint(made(s), theta, family.sample(keys[0], s)) for s in sizes}
-    claims.append(flat(memory, "stochastic"))
-    title = "Stochastic: |B| fresh tasks each iteration, in chunks of at most 16"
-    return Experiment(title, ("k", "‖∇F‖²"), curves, claims, memory=memory)
+    return np.asarray(evaluated(jax.vmap(one), keys, quick=quick))
 
 
 def softmax_heads(keys: Array, quick: bool) -> Experiment:
@@ -154,9 +147,7 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
         return trajectory(step, heads.start(key), drawn, lambda t: heads.gradient(t, drawn), count)
 
     made = {
-        f"{name}, K = CG = 5": meta_step(
-            problem, 5, implicit(cg(5)), rate, kept, fast=True, decay=heads.decay
-        )
+        f"{name}, K = CG = 5": meta_step(problem, 5, implicit(cg(5)), rate, kept, True, heads.decay)
         for name, kept in (("cold", 0), ("warm", tasks))
     }
     found = {
@@ -168,10 +159,8 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
     fit = slope(at + 1.0, found["warm, K = CG = 5"][:, at])
     error, bound = softmax_errors(keys[0], 32 if quick else 256)
     covered = over_seeds((bound >= error).astype(float))
-    memory = {
-        name: footprint(step, heads.start(keys[0]), heads.sample(keys[0], tasks))
-        for name, step in made.items()
-    }
+    drawn, start = heads.sample(keys[0], tasks), heads.start(keys[0])
+    memory = {name: footprint(step, start, drawn) for name, step in made.items()}
     exact, limit = ("< cold", cold.low) if quick else ("≤ -10", -10)
     claims = [
         Claim("exact: log10 ‖∇F‖² at the end, softmax, warm", exact, warm, warm.high <= limit),
@@ -188,10 +177,8 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
 
 def softmax_errors(key: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
     """True errors in θ of single tasks, and ‖X‖ times the bounds in feature space."""
-    heads = Heads()
-    step = mm.make_meta_step(
-        heads.problem(), mm.InnerLoop(steps=30), implicit(cg(5)), optax.identity()
-    )
+    heads, inner = Heads(), mm.InnerLoop(steps=30)
+    step = mm.make_meta_step(heads.problem(), inner, implicit(cg(5)), optax.identity())
 
     def one(key: Array) -> tuple[Array, Array]:
         drawn, theta = heads.sample(key, 1), heads.start(key)
@@ -206,40 +193,28 @@ def softmax_errors(key: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def on_demand(keys: Array, quick: bool) -> Experiment:
     """Tightening tolerances against fixed K, at equal numbers of products."""
-    count, tasks, round_steps = (200 if quick else 2000), 8, 5
+    count, tasks, between_looks = (200 if quick else 2000), 8, 5
     family = Family(jnp.linspace(1.0, 20.0, 40), jnp.ones(40))
-    schedules: dict[str, tuple[Callable, int]] = {
-        "tolerance 0.5 · 0.995^k": (lambda t: 0.5 * 0.995**t, 0),
-        "the same, warm": (lambda t: 0.5 * 0.995**t, tasks),
-        "tolerance 0.1 / (1 + k)²": (lambda t: 0.1 / (1.0 + t) ** 2, 0),
+    slowly, fast = (lambda t: 0.5 * 0.995**t), (lambda t: 0.1 / (1.0 + t) ** 2)
+    methods = {
+        "tolerance 0.5 · 0.995^k": tightening(slowly, 1000),
+        "the same, warm": tightening(slowly, 1000, warm=tasks),
+        "tolerance 0.1 / (1 + k)²": tightening(fast, 1000),
     }
-    first = next(iter(schedules))
-    memory: dict[str, Footprint] = {}
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, (at_step, warm) in schedules.items():
-
-        def make(
-            problem: mm.Problem, rate: Array, at_step: Any = at_step, warm: int = warm
-        ) -> Step:
-            schedule = scheduled(lambda t: implicit(cg(5), tolerance=at_step(t)))
-            return meta_step(problem, 1000, schedule, rate, warm=warm)
-
+    for name, make in methods.items():
         squares, report = run(make, family, keys, count, tasks, quick)
-        memory |= footprints({name: make}, family, tasks)
         steps = np.asarray(report.inner_steps)
-        products = (steps + 5 * (steps / round_steps + 1) + 1).mean(axis=0).cumsum()
+        products = (steps + 5 * (steps / between_looks + 1) + 1).mean(axis=0).cumsum()
         curves[name] = (products, squares)
+    first = next(iter(methods))
     budget = curves[first][0][-1]
     for k in (20,) if quick else (10, 20, 40, 80, 160):
-        made = int(np.ceil(budget / (2 * k + 1)))
-        name = f"fixed K = CG = {k}"
-
-        def fixed(problem: mm.Problem, rate: Array, k: int = k) -> Step:
-            return meta_step(problem, k, implicit(cg(k)), rate)
-
-        y, _ = run(fixed, family, keys, made, tasks, quick)
-        memory |= footprints({name: fixed}, family, tasks)
-        curves[name] = ((2 * k + 1) * np.arange(1, made + 1), y)
+        name, number = f"fixed K = CG = {k}", int(np.ceil(budget / (2 * k + 1)))
+        methods[name] = fixed(k)
+        y, _ = run(methods[name], family, keys, number, tasks, quick)
+        curves[name] = ((2 * k + 1) * np.arange(1, number + 1), y)
+    memory = footprints(methods, family, tasks)
     claims, lines = [flat(memory, "on demand")], []
     for cost in (budget / 100, budget / 10, budget):
         at = {n: np.array([np.interp(cost, x, row) for row in y]) for n, (x, y) in curves.items()}
@@ -247,9 +222,7 @@ def on_demand(keys: Array, quick: bool) -> Experiment:
         gain = over_seeds(np.log10(at[first] / best))
         name = f"log10 of ‖∇F‖², tolerance / best fixed K, {cost:.0f} products each"
         claims.append(Claim(name, "≤ 0", gain, gain.low <= 0))
-        lines += [
-            f"{name:26} ‖∇F‖² after {cost:.0f} products a task: {np.median(y):.2g}"
-            for name, y in at.items()
-        ]
+        after = f"‖∇F‖² after {cost:.0f} products a task"
+        lines += [f"{name:26} {after}: {np.median(y):.2g}" for name, y in at.items()]
     axes = ("gradients + Hessian-vector products a task", "‖∇F‖²")
     return Experiment("Accuracy on demand", axes, curves, claims, tuple(lines), memory)

@@ -18,17 +18,14 @@ import memmeta as mm
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import compiled, temporary_megabytes
 from benchmarks.harness.tables import Row, show, write
-from memmeta.few_shot.algorithms import Learner
+from memmeta.few_shot.algorithms import Learner, itd_bio
 
 RATE = 0.1
 METHODS: dict[str, tuple[Callable[..., Learner], str]] = {
     "maml": (mm.algorithms.maml, "everything"),
     "imaml": (mm.algorithms.imaml, "everything"),
-    "itd_bio, features each step": (
-        partial(mm.algorithms.itd_bio, recompute_features=True),
-        "head",
-    ),
-    "itd_bio": (mm.algorithms.itd_bio, "head"),
+    "itd_bio, features each step": (partial(itd_bio, recompute_features=True), "head"),
+    "itd_bio": (itd_bio, "head"),
     "memory_reduced": (mm.algorithms.memory_reduced, "head"),
 }
 """Each method, and who adapts."""

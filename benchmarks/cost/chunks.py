@@ -19,7 +19,6 @@ from benchmarks.harness.programs import compiled, temporary_megabytes
 from benchmarks.harness.tables import Row, show, write
 from benchmarks.harness.timing import in_turn
 from benchmarks.problems.workloads import Workload, learner, meta_step
-from memmeta.few_shot.algorithms import Learner
 from memmeta.models import mlp
 
 DENSE = Workload(tasks=64, queries=1, image_shape=(2, 2, 1))
@@ -37,26 +36,25 @@ CASES: dict[str, tuple[Workload, Any, str, tuple[int, ...]]] = {
 STEPS = 5
 
 
-def made_of(case: str) -> Learner:
-    """A case's method on its network."""
-    load, build, method, _ = CASES[case]
-    return learner(build(load), method, STEPS)
-
-
 def prepared(case: str, chunk: int) -> tuple[Callable[[], None], float]:
     """A function that makes one meta-step, and the program's MB of temporary buffers."""
-    load, made = CASES[case][0], made_of(case)
-    step = meta_step(made, chunk)
-    tasks = jax.jit(load.batch)()
-    state = step.init(made.init(jax.random.key(0)))
-    program = compiled(step.compiled, state, tasks, quick=False)
-    kept = [state]
+    load, build, method, _ = CASES[case]
+    made = learner(build(load), method, STEPS)
+    step, tasks = meta_step(made, chunk), jax.jit(load.batch)()
+    kept = [step.init(made.init(jax.random.key(0)))]
+    program = compiled(step.compiled, kept[0], tasks, quick=False)
 
     def one() -> None:
         kept[0], _ = program(kept[0], tasks)
         jax.block_until_ready(kept[0])
 
     return one, temporary_megabytes(program)
+
+
+def automatic(case: str) -> int:
+    """The chunk that "auto" takes."""
+    load, build, method, _ = CASES[case]
+    return meta_step(learner(build(load), method, STEPS), "auto").chunk(load.shapes())
 
 
 def row(case: str, found: dict[int, tuple[np.ndarray, float]]) -> Row:
@@ -67,7 +65,7 @@ def row(case: str, found: dict[int, tuple[np.ndarray, float]]) -> Row:
         "seconds by chunk": ", ".join(f"{chunk}: {s:.4g}" for chunk, s in median.items()),
         "MB by chunk": ", ".join(f"{chunk}: {size:.3g}" for chunk, (_, size) in found.items()),
         "fastest": min(median, key=median.__getitem__),
-        "auto": meta_step(made_of(case), "auto").chunk(CASES[case][0].shapes()),
+        "auto": automatic(case),
     }
 
 

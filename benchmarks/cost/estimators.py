@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib import colormaps
 
 import memmeta as mm
 from benchmarks.harness import pictures
@@ -125,22 +126,6 @@ def rows(found: dict[str, list[dict]]) -> list[Row]:
     return lines
 
 
-COLOURS = {
-    "implicit": "tab:blue",
-    "sample_space": "tab:purple",
-    "unrolled": "tab:red",
-    "mixed_mode": "tab:orange",
-    "hessian_free": "goldenrod",
-    "truncated": "tab:pink",
-    "forward_mode": "tab:green",
-    "finite_difference": "tab:olive",
-    "evolution_strategies": "tab:cyan",
-    "first_order": "tab:brown",
-    "reptile": "black",
-}
-"""One colour a file; the variants of one file differ in their marks and lines."""
-
-
 def picture(found: dict[str, dict], path: Path) -> None:
     """A row a problem: error, seconds, memory."""
     figures = (
@@ -153,7 +138,9 @@ def picture(found: dict[str, dict], path: Path) -> None:
         for panel, (problem, figure, scale, label) in zip(axes, cells, strict=True):
             for name, points in found[problem].items():
                 values = [scale * point[figure] for point in points]
-                panel.plot([point["T"] for point in points], values, **style(name), label=name)
+                panel.plot(
+                    [point["T"] for point in points], values, marker=".", label=name, **style(name)
+                )
             panel.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel=label)
             if figure == "error":
                 panel.set_title(TITLES[problem])
@@ -162,11 +149,9 @@ def picture(found: dict[str, dict], path: Path) -> None:
 
 
 def style(name: str) -> dict[str, Any]:
-    """Colour by the estimator, mark and line by the variant."""
-    kind = name.split("-")[0]
-    variant = [each for each in ESTIMATORS if each.split("-")[0] == kind].index(name)
-    line = ["-", "--", ":", "-.", (0, (1, 3))][variant]
-    return {"color": COLOURS[kind], "marker": "o^svx"[variant], "markersize": 4, "linestyle": line}
+    """One of twenty colours each, and lines of four kinds in turn."""
+    number = list(ESTIMATORS).index(name)
+    return {"color": colormaps["tab20"](number), "ls": ["-", "--", ":", "-."][number % 4]}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:

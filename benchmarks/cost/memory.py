@@ -22,13 +22,7 @@ from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import temporary_megabytes, two_at_a_time
 from benchmarks.harness.tables import Row, aim, show, write
-from benchmarks.problems.workloads import (
-    Workload,
-    compiled_step,
-    learner,
-    meta_step,
-    supervised,
-)
+from benchmarks.problems.workloads import Workload, compiled_step, learner, meta_step, supervised
 from memmeta.models import mlp
 
 Key = tuple[str, str, int]

@@ -5,7 +5,7 @@
 Trains for that long, with metrics, validation and checkpoints like any run, and prints the
 process's memory, open files, live arrays and compilations along the way. Meta-steps must keep
 nothing; a checkpoint may leave a little behind, see `LEFT`, and a large `--checkpoint-every` tells
-the two apart. Writes soak.json and soak.png, and the run itself to the folder run.
+the two apart. Writes soak.json, and the run itself to the folder run.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import show, write
 from memmeta.runs import Config, Interrupted, make_trainer, new_run, train
@@ -57,8 +56,7 @@ class Watch:
     def __call__(self, line: dict[str, Any]) -> None:
         """Take a sample, at most one a second; stop the run when the time is over."""
         passed = time.monotonic() - self.began
-        due = not self.samples or passed - self.samples[-1]["seconds"] >= 1
-        if not due and passed < self.seconds:
+        if self.samples and passed < min(self.samples[-1]["seconds"] + 1, self.seconds):
             return
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
@@ -97,15 +95,6 @@ def verdict(samples: list[dict[str, float]]) -> dict[str, Any]:
     return growth | {"flat": flat}
 
 
-def picture(samples: list[dict[str, float]], path: Path) -> None:
-    """One panel a figure, over the meta-steps."""
-    names = ("megabytes", "open_files", "arrays", "compilations")
-    with pictures.panels(path, len(names), columns=len(names), size=(3.5, 3)) as axes:
-        for panel, name in zip(axes, names, strict=True):
-            panel.plot([s["meta_steps"] for s in samples], [s[name] for s in samples])
-            panel.set(xlabel="meta-steps", title=name.replace("_", " "), ylim=(0, None))
-
-
 def main(arguments: list[str] | None = None) -> bool:
     """Run it; whether everything was flat."""
     parser = make_parser(__doc__, "soak")
@@ -122,7 +111,6 @@ def main(arguments: list[str] | None = None) -> bool:
     show("What the process holds", [samples[index] for index in shown])
     found = verdict(samples)
     show(f"Growth over the last {100 * (1 - STEADY):.0f} % of the time", [found])
-    picture(samples, options.out / "soak.png")
     write(options.out / "soak.json", {"growth": found, "samples": samples})
     return bool(found["flat"])
 

@@ -1,10 +1,9 @@
-"""Pictures without a display: panels of curves, and bars."""
+"""Pictures without a display."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -36,20 +35,3 @@ def panels(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     print(f"picture in {path}")
-
-
-def bars(axes: Axes, labels: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
-    """Horizontal bars, a bar of each group beside every label.
-
-    Args:
-        axes: to draw on.
-        labels: of the bars, from top to bottom.
-        groups: name -> a length for each label.
-    """
-    places, height = np.arange(len(labels)), 0.8 / len(groups)
-    for i, (name, lengths) in enumerate(groups.items()):
-        offset = (i - (len(groups) - 1) / 2) * height
-        axes.barh(places + offset, np.asarray(lengths), height, label=name)
-    axes.set(yticks=places, yticklabels=labels)
-    axes.invert_yaxis()
-    axes.legend()

@@ -30,7 +30,7 @@ def in_turn(
         patience: seconds after which a call that was timed twice is timed no more.
 
     Returns:
-        For each name its seconds in the order they were measured.
+        The seconds of each, in the order they were measured.
     """
     clock = time.process_time if cpu_time else time.perf_counter
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
@@ -54,20 +54,17 @@ def matrix_product() -> Call:
 def bound_process(
     module: str, arguments: Sequence[str], cores: int, devices: int, cache: Path
 ) -> Iterator[Any]:
-    """Run a benchmark's worker in a process of its own.
+    """Run a benchmark's `--worker` in a process of its own; yields the lines it prints, as JSON.
 
     A process keeps the threads that it was started with: to measure several numbers of cores takes
     as many processes.
 
     Args:
-        module: of the benchmark; it is given the option `--worker` too.
+        module: of the benchmark.
         arguments: of its command line.
         cores: the first that this process may use, so many.
         devices: CPU devices that JAX has there.
         cache: folder of compiled programs.
-
-    Yields:
-        Each line that it prints, which is JSON.
 
     Raises:
         SystemExit: there are fewer cores, or the process failed.

@@ -36,13 +36,13 @@ Step = Callable[[], tuple[float, float]]
 
 
 class Case(NamedTuple):
-    """One comparison: a method with T inner steps on a workload, and the aim."""
+    """A method with T inner steps on a workload."""
 
     workload: str
     method: str
     steps: int
-    aim: float | None = None
-    formulation: str = ""
+    aim: float | None = None  # the fastest peer's seconds over ours
+    formulation: str = ""  # "recomputed": the peers compute features in each inner step, we once
 
     @property
     def name(self) -> str:
@@ -70,7 +70,6 @@ CASES = [
     Case("b32", "itd_bio", 20, None, "recomputed"),
     Case("b84", "memory_reduced", 20),
 ]
-"""All of them. A formulation "recomputed" is that of the peers: ours computes features once."""
 
 QUICK = ["a:maml:1", "b32:memory_reduced:20"]
 PATIENCE = 8.0
@@ -183,15 +182,18 @@ def ratios(rows: list[Row], cases: list[Case]) -> list[Row]:
 
 
 def picture(table: list[Row], path: Path) -> None:
-    """The fastest peer's time over ours, and a mark at each aim."""
-    names = [key for key in table[0] if key.endswith(" cores")]
-    bars = {name: [row.get(name, np.nan) for row in table] for name in names}
-    aims = [(row["aim"], place) for place, row in enumerate(table) if row["aim"]]
+    """The fastest peer's time over ours as bars, and a mark at each aim."""
+    places, names = np.arange(len(table)), [key for key in table[0] if key.endswith(" cores")]
     with pictures.panels(path, size=(9, 0.4 * len(table) + 1.2)) as (axes,):
-        axes.plot([aim for aim, _ in aims], [at for _, at in aims], "k|", ms=18, label="aim")
-        axes.axvline(1, color="0.6", linewidth=1)
-        axes.set(xscale="log", xlabel="time of the fastest peer over ours")
-        pictures.bars(axes, [row["case"] for row in table], bars)
+        for number, name in enumerate(names):
+            lengths, height = [row.get(name, np.nan) for row in table], 0.8 / len(names)
+            offset = (number - (len(names) - 1) / 2) * height
+            axes.barh(places + offset, lengths, height, label=name)
+        axes.plot([row["aim"] or np.nan for row in table], places, "k|", ms=18, label="aim")
+        axes.set(yticks=places, yticklabels=[row["case"] for row in table], xscale="log")
+        axes.set_xlabel("time of the fastest peer over ours")
+        axes.invert_yaxis()
+        axes.legend()
 
 
 def main(arguments: list[str] | None = None) -> None:

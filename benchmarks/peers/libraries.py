@@ -2,16 +2,14 @@
 
 import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from benchmarks.peers.pytorch import Conv4, Data
-from benchmarks.problems.workloads import CG_STEPS, PROXIMAL, RATE
+from benchmarks.problems.workloads import RATE
 
 
 def _loss(net: Any, images: Tensor, labels: Tensor) -> Tensor:
@@ -58,58 +56,20 @@ def torchopt() -> Callable[[Conv4, Data, int], Tensor]:
     return method
 
 
-def torch_maml(checkpointed: bool) -> Callable[[Conv4, Data, int], Tensor]:
-    """Its MAML, naive or with gradient checkpoints."""
+def torch_maml() -> Callable[[Conv4, Data, int], Tensor]:
+    """Its naive MAML."""
     library: Any = importlib.import_module("torch_maml")
-    kind = library.GradientCheckpointMAML if checkpointed else library.NaiveMAML
 
     def loss_of(net: Any, batch: Any, **_: Any) -> Tensor:
         return _loss(net, *batch)
 
     def method(net: Conv4, task: Data, steps: int) -> Tensor:
         optimizer = library.IngraphGradientDescent(learning_rate=RATE)
-        options = {"checkpoint_steps": max(1, round(steps**0.5))} if checkpointed else {}
-        learner = kind(net, loss_of, optimizer=optimizer, **options)
+        learner = library.NaiveMAML(net, loss_of, optimizer=optimizer)
         batch = (task.support, task.support_labels)
         updated = learner([batch] * steps, opt_kwargs={})[0]
         loss = _loss(updated, task.query, task.query_labels)
         loss.backward()
-        return loss
-
-    return method
-
-
-def betty() -> Callable[[Conv4, Data, int], Tensor]:
-    """iMAML with its conjugate-gradient rule; its engine is not run, which can only help it."""
-    library: Any = importlib.import_module("betty.hypergradient.cg")
-
-    def method(net: Conv4, task: Data, steps: int) -> Tensor:
-        names, theta = zip(*net.named_parameters(), strict=True)
-        phi = [t.detach().clone().requires_grad_() for t in theta]
-
-        def inner_loss(phi: list[Tensor]) -> Tensor:
-            out = functional_call(net, dict(zip(names, phi, strict=True)), task.support)
-            pull = sum(((p - t) ** 2).sum() for p, t in zip(phi, theta, strict=True))
-            return F.cross_entropy(out, task.support_labels) + 0.5 * PROXIMAL * pull
-
-        for _ in range(steps):
-            grads = torch.autograd.grad(inner_loss(phi), phi)
-            moved = [(p - RATE * d).detach() for p, d in zip(phi, grads, strict=True)]
-            phi = [p.requires_grad_() for p in moved]
-        out = functional_call(net, dict(zip(names, phi, strict=True)), task.query)
-        loss = F.cross_entropy(out, task.query_labels)
-        lower = SimpleNamespace(
-            paths=[],
-            config=SimpleNamespace(cg_iterations=CG_STEPS, cg_alpha=1.0),
-            cur_batch=None,
-            training_step_exec=lambda _: inner_loss(phi),
-            trainable_parameters=lambda: phi,
-            parameters=lambda: phi,
-        )
-        upper = SimpleNamespace(trainable_parameters=lambda: list(theta))
-        grads = library.cg(torch.autograd.grad(loss, phi), lower, upper)
-        for parameter, grad in zip(theta, grads, strict=True):
-            parameter.grad = grad + (0 if parameter.grad is None else parameter.grad)
         return loss
 
     return method
@@ -120,9 +80,7 @@ def available() -> tuple[dict[str, dict[str, Callable]], list[str]]:
     wanted: dict[str, Callable[[], dict[str, Callable]]] = {
         "higher": lambda: {"maml": higher(False), "fomaml": higher(True)},
         "torchopt": lambda: {"maml": torchopt()},
-        "torch_maml": lambda: {"maml": torch_maml(False)},
-        "torch_maml, checkpoints": lambda: {"maml": torch_maml(True)},
-        "betty": lambda: {"imaml": betty()},
+        "torch_maml": lambda: {"maml": torch_maml()},
     }
     found: dict[str, dict[str, Callable]] = {}
     missing = []

@@ -97,13 +97,11 @@ def fomaml(net: Conv4, task: Data, steps: int) -> Tensor:
     return maml(net, task, steps, first_order=True)
 
 
-def heads(start: str, cached: bool, implicit: bool) -> Callable[[Conv4, Data, int], Tensor]:
-    """ANIL, ITD-BiO and the paper's method: only a linear head adapts.
+def heads(learned: bool, cached: bool, implicit: bool) -> Callable[[Conv4, Data, int], Tensor]:
+    """ANIL, ITD-BiO and the paper's method: only a linear head adapts, from a start.
 
-    Args:
-        start: "learned" or "zero".
-        cached: whether features are computed once a task, or in every inner step.
-        implicit: whether the gradient is by the implicit function theorem, or through the steps.
+    Features are `cached`, or computed in every inner step; the gradient is by the implicit function
+    theorem, or through the steps.
     """
     ridge = RIDGE if implicit else 0.0
 
@@ -114,10 +112,8 @@ def heads(start: str, cached: bool, implicit: bool) -> Callable[[Conv4, Data, in
     def method(net: Conv4, task: Data, steps: int) -> Tensor:
         support = query = None
         if cached:
-            count = len(task.support)
             both = net.body(torch.cat([task.support, task.query]))
-            support, query = both[:count], both[count:]
-        learned = start == "learned"
+            support, query = both[: len(task.support)], both[len(task.support) :]
         phi = [net.head.weight, net.head.bias]
         if not learned:
             phi = [torch.zeros_like(x, requires_grad=True) for x in phi]
@@ -132,20 +128,26 @@ def heads(start: str, cached: bool, implicit: bool) -> Callable[[Conv4, Data, in
                 phi = [p.detach().requires_grad_() for p in phi]
         query = net.body(task.query) if query is None else query
         loss = F.cross_entropy(F.linear(query, *phi), task.query_labels)
-        if not implicit:
+        if implicit:
+            support = net.body(task.support) if support is None else support
+            implicit_backward(net, loss, phi, lambda x: g(phi, x, task.support_labels), support)
+        else:
             loss.backward()
-            return loss
-        support = net.body(task.support) if support is None else support
-        slope = torch.autograd.grad(loss, phi, retain_graph=True)
-        fixed = g(phi, support.detach(), task.support_labels)
-        grads = torch.autograd.grad(fixed, phi, create_graph=True)
-        v = cg(lambda p: torch.autograd.grad(grads, phi, p, retain_graph=True), slope, 20)
-        inner = torch.autograd.grad(g(phi, support, task.support_labels), phi, create_graph=True)
-        mixed = sum((d * x).sum() for d, x in zip(inner, v, strict=True))
-        (loss - mixed).backward(inputs=[p for n, p in net.named_parameters() if "head" not in n])
         return loss
 
     return method
+
+
+def implicit_backward(
+    net: Conv4, loss: Tensor, phi: Tree, g: Callable[[Tensor], Tensor], support: Tensor
+) -> None:
+    """Add ∂f − ∂²_θφ g · v to the body's `grad`, where [∂²_φφ g] v = ∂_φ f by 20 steps of CG."""
+    slope = torch.autograd.grad(loss, phi, retain_graph=True)
+    grads = torch.autograd.grad(g(support.detach()), phi, create_graph=True)
+    v = cg(lambda p: torch.autograd.grad(grads, phi, p, retain_graph=True), slope, 20)
+    inner = torch.autograd.grad(g(support), phi, create_graph=True)
+    mixed = sum((d * x).sum() for d, x in zip(inner, v, strict=True))
+    (loss - mixed).backward(inputs=[p for n, p in net.named_parameters() if "head" not in n])
 
 
 def imaml(net: Conv4, task: Data, steps: int) -> Tensor:
@@ -195,12 +197,12 @@ METHODS: dict[str, Callable[[Conv4, Data, int], Tensor]] = {
     "maml": maml,
     "fomaml": fomaml,
     "imaml": imaml,
-    "anil": heads("learned", cached=True, implicit=False),
-    "anil, recomputed": heads("learned", cached=False, implicit=False),
-    "itd_bio": heads("zero", cached=True, implicit=False),
-    "itd_bio, recomputed": heads("zero", cached=False, implicit=False),
-    "memory_reduced": heads("zero", cached=True, implicit=True),
-    "memory_reduced, recomputed": heads("zero", cached=False, implicit=True),
+    "anil": heads(learned=True, cached=True, implicit=False),
+    "anil, recomputed": heads(learned=True, cached=False, implicit=False),
+    "itd_bio": heads(learned=False, cached=True, implicit=False),
+    "itd_bio, recomputed": heads(learned=False, cached=False, implicit=False),
+    "memory_reduced": heads(learned=False, cached=True, implicit=True),
+    "memory_reduced, recomputed": heads(learned=False, cached=False, implicit=True),
 }
 """One task each, by the names of `benchmarks.problems.workloads`."""
 
@@ -210,12 +212,7 @@ def meta_step(
 ) -> Callable[[], tuple[float, float]]:
     """A function that makes one meta-step with Adam: (mean query loss, gradient norm).
 
-    Args:
-        method: of one task.
-        params: of the JAX network.
-        tasks: the JAX batch.
-        steps: T.
-        last: whether images are stored with channels last.
+    Parameters and tasks are those of JAX; `last`: images are stored with channels last.
     """
     net, batch = Conv4(params), data(tasks, last)
     if last:

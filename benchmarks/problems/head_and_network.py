@@ -31,12 +31,8 @@ def heads() -> Example:
     """A softmax head of 125 parameters on 24 features; θ is the 144 parameters of their body."""
 
     def embed(theta: Array, task: Task) -> HeadContext:
-        return HeadContext(
-            jnp.tanh(task.support_inputs @ theta),
-            task.support_targets,
-            jnp.tanh(task.query_inputs @ theta),
-            task.query_targets,
-        )
+        support, query = (jnp.tanh(x @ theta) for x in (task.support_inputs, task.query_inputs))
+        return HeadContext(support, task.support_targets, query, task.query_targets)
 
     def init(theta: Array) -> Params:
         dtype = theta.dtype
@@ -73,23 +69,17 @@ def networks() -> Example:
     inputs = jax.random.normal(keys[0], (TASKS, 2 * SAMPLES, INPUTS))
     waves = jax.random.normal(keys[1], (TASKS, INPUTS))
     targets = jnp.sin(jnp.einsum("tsi,ti->ts", inputs, waves))
-    theta = {
-        "in": 0.5 * jax.random.normal(keys[2], (INPUTS, HIDDEN)),
-        "out": 0.5 * jax.random.normal(keys[3], (HIDDEN,)),
-    }
-    tasks = Task(
-        inputs[:, :SAMPLES], targets[:, :SAMPLES], inputs[:, SAMPLES:], targets[:, SAMPLES:]
-    )
+    shapes = {"in": (INPUTS, HIDDEN), "out": (HIDDEN,)}
+    draws = zip(keys[2:], shapes.items(), strict=True)
+    theta = {name: 0.5 * jax.random.normal(key, shape) for key, (name, shape) in draws}
+    halves = slice(None, SAMPLES), slice(SAMPLES, None)
+    tasks = Task(*(x[:, half] for half in halves for x in (inputs, targets)))
     problem = mm.Problem(lambda t, task: (t, task), inner_loss, outer_loss, lambda t: t)
     return Example(problem, theta, tasks)
 
 
 def exact_hypergradient(example: Example, steps: int = 20_000) -> tuple[Any, float]:
     """Σ_i ∇F_i in float64, by long gradient descent and a dense solve.
-
-    Args:
-        example: in any precision.
-        steps: of gradient descent.
 
     Returns:
         The gradient, and the largest ‖∇_φ g‖ that was left of a task.

@@ -28,21 +28,13 @@ class Tasks(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A distribution of such tasks.
+    """A distribution of such tasks."""
 
-    Attributes:
-        spectrum: d, ascending: κ = d[-1] / d[0].
-        coupling: β.
-        convex: which f.
-        spread: standard deviation of the targets about a common one.
-        scale: of the targets, one number or one a coordinate.
-    """
-
-    spectrum: Float[Array, " dim"]
-    coupling: Float[Array, " dim"]
-    convex: bool = True
-    spread: float = 1.0
-    scale: float | Float[Array, " dim"] = 1.0
+    spectrum: Float[Array, " dim"]  # d, ascending: κ = d[-1] / d[0]
+    coupling: Float[Array, " dim"]  # β
+    convex: bool = True  # which f
+    spread: float = 1.0  # standard deviation of the targets about a common one
+    scale: float | Float[Array, " dim"] = 1.0  # of the targets
 
     def sample(self, key: Array, count: int) -> Tasks:
         """`count` independent tasks."""

@@ -25,15 +25,10 @@ REFERENCE_STEPS = 12
 
 @dataclass(frozen=True)
 class Heads:
-    """Tasks of classifying three Gaussian clouds through shared linear features.
+    """Tasks of classifying three Gaussian clouds through shared linear features."""
 
-    Attributes:
-        ridge: ρ = μ.
-        decay: λ, of θ.
-    """
-
-    ridge: float = 0.1
-    decay: float = 0.0
+    ridge: float = 0.1  # ρ = μ
+    decay: float = 0.0  # λ, of θ
 
     def sample(self, key: Array, count: int) -> Task:
         """`count` independent tasks."""
@@ -51,12 +46,8 @@ class Heads:
         """The bilevel problem; its certificates hold in the space of the features."""
 
         def embed(theta: Array, task: Task) -> HeadContext:
-            return HeadContext(
-                task.support_inputs @ theta,
-                task.support_targets,
-                task.query_inputs @ theta,
-                task.query_targets,
-            )
+            support, query = task.support_inputs @ theta, task.query_inputs @ theta
+            return HeadContext(support, task.support_targets, query, task.query_targets)
 
         zeros = {"kernel": jnp.zeros((FEATURES, WAYS)), "bias": jnp.zeros(WAYS)}
         return softmax_problem(embed, lambda theta: zeros, self.ridge)

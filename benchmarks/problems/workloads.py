@@ -26,25 +26,15 @@ Options: TypeAlias = dict[str, Any]
 
 
 class Workload(NamedTuple):
-    """A meta-step's data and network.
-
-    Attributes:
-        tasks: in a meta-step.
-        ways: classes in a task.
-        shots: support images a class.
-        queries: query images a class.
-        image_shape: height, width, channels.
-        width: filters of each block.
-        depth: blocks.
-    """
+    """A meta-step's data and network."""
 
     tasks: int = 4
-    ways: int = 5
-    shots: int = 1
-    queries: int = 15
-    image_shape: tuple[int, int, int] = (28, 28, 1)
-    width: int = 64
-    depth: int = 4
+    ways: int = 5  # classes in a task
+    shots: int = 1  # support images a class
+    queries: int = 15  # query images a class
+    image_shape: tuple[int, int, int] = (28, 28, 1)  # height, width, channels
+    width: int = 64  # filters of each block
+    depth: int = 4  # blocks
 
     @property
     def images(self) -> int:
@@ -90,33 +80,20 @@ OPTIONS: dict[str, Options] = {
 
 
 def learner(network: Network, method: str, steps: int, **options: Any) -> Learner:
-    """A method of `METHODS`, or one of `VARIANTS`, with plain gradient descent in its inner loop.
-
-    Args:
-        network: body and head.
-        method: its name.
-        steps: T, of the inner loop; methods without one take no notice.
-        options: of the method.
-    """
+    """A method of `METHODS` or `VARIANTS`, with T = `steps` of gradient descent inside."""
     if method in VARIANTS:
-        return VARIANTS[method](network, steps, **options)
+        return VARIANTS[method](network, steps)
     named: Mapping[Any, Callable[..., Learner]] = METHODS
     inner = mm.InnerLoop(optax.sgd(RATE), steps)
     return named[method](network, inner=inner, **(OPTIONS.get(method, {}) | options))
 
 
-def _with(estimator: Any) -> Callable[..., Learner]:
-    def make(network: Network, steps: int, **options: Any) -> Learner:
-        base = learner(network, "maml", steps, **options)
-        return Learner(base.problem, base.inner, estimator, base.init)
-
-    return make
+def _maml_by(estimator: Any) -> Callable[..., Learner]:
+    return lambda network, steps: replace(learner(network, "maml", steps), estimator=estimator)
 
 
 def _recomputed(method: str) -> Callable[..., Learner]:
-    return lambda network, steps, **options: learner(
-        network, method, steps, recompute_features=True, **options
-    )
+    return lambda network, steps: learner(network, method, steps, recompute_features=True)
 
 
 def _memory_reduced_recomputed(network: Network, steps: int) -> Learner:
@@ -138,9 +115,9 @@ def _imaml_without_estimate(network: Network, steps: int) -> Learner:
 
 
 VARIANTS: dict[str, Callable[..., Learner]] = {
-    "maml, remat by step": _with(unrolled("step")),
-    "maml, remat by root": _with(unrolled("sqrt")),
-    "maml, mixed mode": _with(mixed_mode()),
+    "maml, remat by step": _maml_by(unrolled("step")),
+    "maml, remat by root": _maml_by(unrolled("sqrt")),
+    "maml, mixed mode": _maml_by(mixed_mode()),
     "imaml, no estimate": _imaml_without_estimate,
     "anil, recomputed": _recomputed("anil"),
     "itd_bio, recomputed": _recomputed("itd_bio"),

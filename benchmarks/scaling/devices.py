@@ -7,12 +7,10 @@ First, on simulated devices of a CPU: weak scaling (two tasks a device) and stro
 in all) of a small meta-step. The gradient is compared with that of one device; collectives and the
 bytes they carry are read from the compiled program. Seconds stand in brackets where the devices are
 more than the cores: they say nothing of scaling then. Then, for full-size workloads, the model of
-`benchmarks.scaling.pod` up to 10,000 devices, and what stands in the way first. Writes scaling.json
-and scaling.png.
+`benchmarks.scaling.pod` up to 10,000 devices, and what limits it first. Writes scaling.json.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,18 +18,12 @@ import numpy as np
 import optax
 
 import memmeta as mm
-from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import collectives, compiled
 from benchmarks.harness.tables import Row, aim, cores, show, write
 from benchmarks.harness.timing import in_turn
-from benchmarks.problems.workloads import (
-    PAPERS_CIFAR,
-    PAPERS_IMAGENET,
-    Workload,
-    learner,
-    spread,
-)
+from benchmarks.problems import workloads
+from benchmarks.problems.workloads import PAPERS_CIFAR, PAPERS_IMAGENET, Workload, learner
 from benchmarks.scaling.pod import SOURCES, Chip, Work, curve, first_break, work
 from memmeta.meta import task_mesh
 from memmeta.models import resnet12
@@ -47,20 +39,14 @@ BATCH, HELD = 32, 4
 
 
 class Run:
-    """One meta-step of gradient descent at rate 1 on so many devices.
-
-    Attributes:
-        gradient: the meta-gradient, as one vector.
-        messages: what `collectives` found.
-        seconds: median of some calls.
-    """
+    """One meta-step of gradient descent at rate 1 on so many devices: θ moves by the gradient."""
 
     def __init__(self, method: str, count: int, tasks: int) -> None:
         made = learner(SMALL.network(), method, STEPS)
         mesh = task_mesh(jax.devices()[:count]) if count > 1 else None
         step = made.make_meta_step(optax.sgd(1.0), task_chunk=1, mesh=mesh)
         theta = made.init(jax.random.key(0))
-        batch = spread(jax.jit(SMALL._replace(tasks=tasks).batch)(), mesh)
+        batch = workloads.spread(jax.jit(SMALL._replace(tasks=tasks).batch)(), mesh)
         state = step.init(theta)
         program = compiled(step.update, state, batch)
         following, _ = jax.block_until_ready(program(state, batch))
@@ -82,14 +68,14 @@ def measured(methods: tuple[str, ...], counts: tuple[int, ...]) -> dict[str, lis
         for name, rows in tables.items():
             for count in counts:
                 tasks = TASKS if name == "strong" else EACH * count
-                alone, spread = run(method, 1, tasks), run(method, count, tasks)
-                apart = np.linalg.norm(spread.gradient - alone.gradient)
+                alone, shared = run(method, 1, tasks), run(method, count, tasks)
+                apart = np.linalg.norm(shared.gradient - alone.gradient)
                 row: Row = {"method": method, "devices": count, "tasks": tasks}
                 row["apart"] = float(apart / np.linalg.norm(alone.gradient))
-                row["messages"] = ", ".join(kind for kind, _ in spread.messages) or "none"
-                row["bytes"] = sum(size for _, size in spread.messages)
-                row["bytes of θ"] = spread.parameters
-                shown = f"{spread.seconds:.2g}"
+                row["messages"] = ", ".join(kind for kind, _ in shared.messages) or "none"
+                row["bytes"] = sum(size for _, size in shared.messages)
+                row["bytes of θ"] = shared.parameters
+                shown = f"{shared.seconds:.2g}"
                 row["s"] = shown if count <= usable else f"({shown})"
                 rows.append(row)
     return tables
@@ -125,22 +111,6 @@ def full_size(quick: bool) -> dict[str, Work]:
             two = load._replace(tasks=2).shapes()
             found[f"{method}, T = {steps}, {name}"] = work(step, theta, two, steps)
     return found
-
-
-def picture(works: dict[str, Work], chip: Chip, path: Path) -> None:
-    """Milliseconds of a meta-step against devices: strong, weak, and the all-reduce alone."""
-    with pictures.panels(path, 2, columns=2, size=(5.5, 4.2)) as panels:
-        for panel, weak in zip(panels, (False, True), strict=True):
-            for number, (name, each) in enumerate(works.items()):
-                rows = curve(each, chip, POD, HELD if weak else BATCH, weak)
-                counts, colour = [row["devices"] for row in rows], f"C{number}"
-                panel.plot(counts, [r["ms"] for r in rows], "o-", c=colour, ms=3, label=name)
-                message = [r["bandwidth"] + r["latency"] for r in rows]
-                panel.plot(counts[1:], message[1:], ":", c=colour)
-            title = f"weak: {HELD} tasks a device" if weak else f"strong: {BATCH} tasks"
-            panel.set(xscale="log", yscale="log", xlabel="devices", title=f"{title} (a model)")
-            panel.set(ylabel="ms a meta-step; dotted: the all-reduce")
-        panels[0].legend(fontsize=7)
 
 
 def predictions(works: dict[str, Work], chip: Chip) -> dict[str, list[Row]]:
@@ -182,7 +152,6 @@ def main(arguments: list[str] | None = None) -> None:
     works = full_size(options.quick)
     model = predictions(works, chip)
     write(options.out / "scaling.json", {"measured": tables, "aims": lines, "model": model})
-    picture(works, chip, options.out / "scaling.png")
 
 
 if __name__ == "__main__":

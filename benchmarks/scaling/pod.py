@@ -21,23 +21,14 @@ from memmeta.problem import Batch, MetaParams
 
 
 class Chip(NamedTuple):
-    """What one device of a pod does and how it is connected.
+    """What one device of a pod does and how it is connected."""
 
-    Attributes:
-        peak: FLOP/s.
-        share: of the peak that is reached.
-        bandwidth: bytes a second out of a chip, over all its links.
-        latency: seconds from a chip to its neighbour.
-        torus: dimensions of the network.
-        launch: seconds that a matrix product takes at least.
-    """
-
-    peak: float = 4.59e14
-    share: float = 0.2
-    bandwidth: float = 6e11
-    latency: float = 1e-6
-    torus: int = 3
-    launch: float = 2e-6
+    peak: float = 4.59e14  # FLOP/s
+    share: float = 0.2  # of the peak that is reached
+    bandwidth: float = 6e11  # bytes a second out of a chip, over all its links
+    latency: float = 1e-6  # seconds from a chip to its neighbour
+    torus: int = 3  # dimensions of the network
+    launch: float = 2e-6  # seconds that a matrix product takes at least
 
 
 SOURCES = (
@@ -47,19 +38,12 @@ SOURCES = (
 
 
 class Work(NamedTuple):
-    """What a meta-step asks of its devices.
+    """What a meta-step asks of its devices."""
 
-    Attributes:
-        flops: of matrix products and convolutions, for one task.
-        products: how many of them come one after another, however many tasks are worked on at once.
-        parameters: bytes of θ.
-        summed: bytes of the all-reduce on two devices.
-    """
-
-    flops: float
-    products: int
-    parameters: int
-    summed: int
+    flops: float  # of matrix products and convolutions, for one task
+    products: int  # that come one after another, however many tasks are worked on at once
+    parameters: int  # bytes of θ
+    summed: int  # bytes of the all-reduce on two devices
 
     def reduced(self, count: int) -> int:
         """Bytes of the all-reduce over so many devices: each brings a curvature of its own."""
@@ -74,9 +58,6 @@ def work(step: MetaStep, theta: MetaParams, tasks: Batch, steps: int) -> Work:
         theta: meta-parameters, or their shapes.
         tasks: two tasks, or their shapes.
         steps: T, the rounds of a loop whose length the trace does not show.
-
-    Returns:
-        The counts.
     """
     state = jax.eval_shape(step.init, theta)
     jaxpr = jax.make_jaxpr(step.update)(state, tasks).jaxpr
@@ -85,12 +66,7 @@ def work(step: MetaStep, theta: MetaParams, tasks: Batch, steps: int) -> Work:
 
 
 def arithmetic(jaxpr: Any, rounds: int) -> tuple[float, int]:
-    """FLOPs of the products a traced program makes, and their number.
-
-    Args:
-        jaxpr: of the program.
-        rounds: of a loop whose length is not known.
-    """
+    """FLOPs of the products a traced program makes, and their number, see `equations`."""
     made = [(product_flops(equation), times) for equation, times in equations(jaxpr, rounds)]
     return sum(f * times for f, times in made), sum(times for f, times in made if f)
 
@@ -132,12 +108,7 @@ def predicted(work: Work, chip: Chip, count: int, tasks: int) -> Row:
 def curve(work: Work, chip: Chip, counts: tuple[int, ...], tasks: int, weak: bool) -> list[Row]:
     """`predicted` for several numbers of devices, with the efficiency against one.
 
-    Args:
-        work: of the meta-step.
-        chip: of the pod.
-        counts: of devices.
-        tasks: in a meta-step, or with `weak` on each device.
-        weak: whether the tasks grow with the devices.
+    With `weak` scaling so many `tasks` are on each device, else in a meta-step.
     """
     rows = []
     for count in counts:
@@ -151,14 +122,9 @@ def curve(work: Work, chip: Chip, counts: tuple[int, ...], tasks: int, weak: boo
 
 
 def first_break(work: Work, chip: Chip, held: int, batch: int, most: int) -> Row:
-    """From how many devices on each thing stands in the way; "none" where it does not.
+    """From how many devices on, of at most `most`, each thing stands in the way, or "none".
 
-    Args:
-        work: of the meta-step.
-        chip: of the pod.
-        held: tasks on each device in weak scaling.
-        batch: tasks in strong scaling.
-        most: devices.
+    Strong scaling is of `batch` tasks in all, weak scaling of `held` tasks on each device.
     """
     counts = (*(2**power for power in range(40) if 2**power < most), most)
 
