@@ -318,17 +318,9 @@ def make_files(root: Path) -> dict[str, bytes]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--packages", type=Path, help="folder that holds the two .deb files")
-    parser.add_argument("--check", action="store_true", help="compare with what ships")
-    args = parser.parse_args()
-    if PIL.__version__ != PILLOW:
-        sys.exit(f"Pillow is {PIL.__version__}, not {PILLOW}: `pip install pillow=={PILLOW}`")
-    with tempfile.TemporaryDirectory() as temporary:
-        unpack(args.packages, Path(temporary))
-        files = make_files(Path(temporary))
-    if not args.check:
+def ship(files: dict[str, bytes], check: bool) -> None:
+    """Write the files, or only compare them with what ships."""
+    if not check:
         ARCHIVES.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             (ARCHIVES / name).write_bytes(content)
@@ -342,6 +334,19 @@ def main() -> None:
     if different:
         sys.exit(f"not the same as what ships: {', '.join(different)} (zlib {zlib.ZLIB_VERSION})")
     print(f"the same byte for byte: {', '.join(files)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--packages", type=Path, help="folder that holds the two .deb files")
+    parser.add_argument("--check", action="store_true", help="compare with what ships")
+    args = parser.parse_args()
+    if PIL.__version__ != PILLOW:
+        sys.exit(f"Pillow is {PIL.__version__}, not {PILLOW}: `pip install pillow=={PILLOW}`")
+    with tempfile.TemporaryDirectory() as temporary:
+        unpack(args.packages, Path(temporary))
+        files = make_files(Path(temporary))
+    ship(files, args.check)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from build_glyphs import ARCHIVES, pack
+from build_glyphs import pack, ship
 
 PAGE = Path(__file__).with_name("tides_page.md")  # the template of tides.md
 PACKAGE, VERSION = "@neaps/tide-database", "0.10.20260924"
@@ -171,15 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         files = make_files(fetch(Path(temporary)))
-    if not args.check:
-        for name, content in files.items():
-            (ARCHIVES / name).write_bytes(content)
-            print(f"{name}: {len(content)} bytes")
-        return
-    different = [name for name in files if (ARCHIVES / name).read_bytes() != files[name]]
-    if different:
-        sys.exit(f"differs from what ships: {', '.join(different)}")
-    print("what ships is what this script builds, byte for byte")
+    ship(files, args.check)
 
 
 if __name__ == "__main__":

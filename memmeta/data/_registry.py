@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from memmeta.data import _emoji as emoji
 from memmeta.data import _folders as folders
 from memmeta.data import _from_tfds as from_tfds
 from memmeta.data import _glyphs as glyphs
@@ -35,6 +36,7 @@ class Source(NamedTuple):
 
 SOURCES = [
     Source("glyphs", lambda _, split, data_dir: glyphs.load_glyphs(split, data_dir)),
+    Source("emoji", lambda _, split, data_dir: emoji.load_emoji(split, data_dir)),
     Source("tides", lambda _, split, data_dir: tides.load_tides(split, data_dir)),
     Source("sinusoid", lambda _, split, data_dir: sinusoid.load_sinusoid(split, data_dir)),
     Source("omniglot", from_tfds.load_tfds),
