@@ -258,7 +258,8 @@ def error_of_claimed(
     here, error = second_look(problem, params, v, outer, context, curvature)
     quotient = dot(v, jax.tree.map(jnp.subtract, outer[0], here.params))
     met = jnp.where(length > 0, quotient / jnp.where(length > 0, length, 1) ** 2, jnp.inf)
-    return trees.norm(jax.tree.map(jnp.subtract, claimed, here.context)) + error.total, met
+    found = trees.norm(jax.tree.map(jnp.subtract, claimed, here.context)) + error.total
+    return jnp.where(jnp.isfinite(found), found, jnp.inf), met
 
 
 def error_of_loop(
@@ -294,4 +295,5 @@ def error_of_loop(
     v = jax.tree.map(lambda x: scale.astype(x.dtype) * x, outer[0])
     curvature = given_curvature(problem, context.whole, length)
     error = second_look(problem, params, v, outer, context, curvature, left=left)[1].total
-    return error + left if start_counts else error
+    error = error + left if start_counts else error
+    return jnp.where(jnp.isfinite(error), error, jnp.inf)

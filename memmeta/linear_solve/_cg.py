@@ -15,6 +15,7 @@ from memmeta.linear_solve._solution import (
     axpy,
     dot,
     make_solver,
+    useful_steps,
 )
 
 
@@ -35,7 +36,7 @@ def cg(
     tasks sharded over devices need no collective here.
 
     Args:
-        steps: number of steps, 0 or more.
+        steps: number of steps, 0 or more; at most twice the dimension are made.
         damping: λ ≥ 0, to solve (A + λ I) x = b instead.
         diagonal: preconditioner, see `jacobi`.
 
@@ -79,7 +80,9 @@ def cg(
 
         zeros = jax.tree.map(jnp.zeros_like, b)
         start = (zeros, b, b, length, 0 * length, jnp.full_like(length, jnp.inf), jnp.int32(0))
-        (x, _, _, _, _, smallest, count), _ = jax.lax.scan(body, start, length=steps)
+        (x, _, _, _, _, smallest, count), _ = jax.lax.scan(
+            body, start, length=useful_steps(steps, b)
+        )
         return x, smallest, count
 
     return make_solver(method, damping, diagonal)

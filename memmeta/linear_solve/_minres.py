@@ -17,6 +17,7 @@ from memmeta.linear_solve._solution import (
     dot,
     make_solver,
     scaled,
+    useful_steps,
 )
 
 
@@ -34,7 +35,7 @@ def minres(
     one. Negative curvature does not stop it but is reported: r_{k-1}ᵀA r_{k-1} comes for free.
 
     Args:
-        steps: number of steps, 0 or more.
+        steps: number of steps, 0 or more; at most twice the dimension are made.
         damping: λ ≥ 0, to solve (A + λ I) x = b instead.
         diagonal: preconditioner, see `jacobi`.
 
@@ -60,7 +61,7 @@ def minres(
         rotation = (zero, -one, zero, zero, zero, jnp.sqrt(dot(b, b)), zero)
         start = (zeros, b, (b, zeros), (zeros, zeros), (zeros, zeros), rotation)
         carry = (*start, jnp.inf * one, dot(b, b) > 0, jnp.int32(0))
-        carry, _ = jax.lax.scan(partial(_step, operator), carry, length=steps)
+        carry, _ = jax.lax.scan(partial(_step, operator), carry, length=useful_steps(steps, b))
         return carry[0], carry[6], carry[8]
 
     return make_solver(method, damping, diagonal)

@@ -236,6 +236,16 @@ def _late(product: Product, x: Vector) -> Vector:
     )[1]
 
 
+def useful_steps(steps: int, b: Vector) -> int:
+    """No more Krylov steps than twice the dimension, which exact arithmetic would not need either.
+
+    Example:
+        >>> useful_steps(20, jnp.ones(2))
+        4
+    """
+    return min(steps, 2 * sum(leaf.size for leaf in jax.tree.leaves(b)))
+
+
 def explain(solution: LinearSolution, tolerance: float = 1e-3) -> str:
     """Say in one sentence how a solver ended, and what to do about it.
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from memmeta import _checks
 from memmeta.models._network import Network, Params
 
 
@@ -44,10 +45,8 @@ def with_linear_head(
         >>> with_linear_head(Body(), ways=5, input_shape=(3,), head_scale=0.0).features
         8
     """
-    if ways < 1:
-        raise ValueError(f"ways: must be at least 1, found {ways}")
-    if head_scale < 0:
-        raise ValueError(f"head_scale: must be at least 0, found {head_scale}")
+    _checks.count("ways", ways)
+    _checks.not_negative("head_scale", head_scale)
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     weight = jax.ShapeDtypeStruct((1,), jnp.float32)
     features = jax.eval_shape(body.init_with_output, jax.random.key(0), example, weight)[0].shape[1]

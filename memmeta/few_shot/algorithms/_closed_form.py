@@ -19,7 +19,6 @@ from memmeta.inner import InnerLoop
 from memmeta.models import Network
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Structure, Task, stacked
 
-
 LOGITS_SCALE = 10.0
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from memmeta import hypergradient, trees
+from memmeta import _checks, hypergradient, trees
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
@@ -103,6 +103,9 @@ def anil(
     Returns:
         The learner; θ is the whole network.
 
+    Raises:
+        ValueError: a ridge is asked for together with recomputed features, which have none.
+
     Source: Raghu, Raghu, Bengio, Vinyals, "Rapid Learning or Feature Reuse?" (ICLR 2020).
 
     Example:
@@ -112,6 +115,7 @@ def anil(
         10
     """
     if recompute_features:
+        _checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
         problem = network_problem(network, "head", proximal=0.0, statistics=statistics, loss=loss)
     else:
         problem = head_problem(network, ridge, learn_start=True, statistics=statistics, loss=loss)
@@ -150,6 +154,7 @@ def itd_bio(
         >>> learner = itd_bio(conv4(ways=5, width=8))
     """
     if recompute_features:
+        _checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
         problem = network_problem(network, "head", 0.0, statistics, start, loss=loss)
     else:
         problem = head_problem(
