@@ -68,7 +68,10 @@ def test_weights_pick_the_examples_that_give_the_statistics(name):
     ("call", "message"),
     [
         (lambda: conv4(0), "ways: expected a whole number, 1 or more, below 2³¹, found 0"),
-        (lambda: conv4(5, head_scale=-1.0), "head_scale: expected a finite number, 0 or more, found -1.0"),
+        (
+            lambda: conv4(5, head_scale=-1.0),
+            "head_scale: expected a finite number, 0 or more, found -1.0",
+        ),
         (lambda: conv4(5, image_shape=(15, 28, 1)), "image_shape: 15x28 cannot be halved 4 times"),
         (lambda: resnet12(5, image_shape=(12, 12, 3)), "image_shape: 12x12 cannot be halved 4"),
     ],

@@ -95,7 +95,7 @@ def task_losses(
         theta = trees.merge(floats, others)
         wide_problem, wide, _ = widened(problem, problem.init(theta))
         if differentiated:
-            require_derivative_at_zero(inner.steps_of, wide)
+            require_derivative_at_zero(inner.steps_of, wide, reverse=False)
 
         def one_task(task: Batch, key: Array) -> Scalar:
             context = problem.embed(theta, task)

@@ -57,7 +57,15 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
         losses = task_losses(problem, inner, meta_params, chunk, differentiated=True)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
-            return jax.jvp(losses, (floats,), (direction,))[1]
+            try:
+                return jax.jvp(losses, (floats,), (direction,))[1]
+            except TypeError as error:
+                if "forward-mode" not in str(error):
+                    raise
+                raise ValueError(
+                    "forward_mode: a loss, embed or init uses jax.custom_vjp, which has no forward "
+                    "derivative. Write the rule with jax.custom_jvp, or use unrolled()."
+                ) from error
 
         loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimate_error)
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)

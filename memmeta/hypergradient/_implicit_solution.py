@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from memmeta import trees
+from memmeta.hypergradient._estimator import report_of_loop
+from memmeta.hypergradient._seam import Report
 from memmeta.inner import InnerLoop, widened
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
@@ -16,7 +18,9 @@ def implicit_solution(
     inner_loss: Callable[[Params, Context], Scalar],
     inner: InnerLoop = InnerLoop(),
     solver: LinearSolver = cg(20),
-) -> Callable[[Params, Context], Params]:
+    *,
+    with_report: bool = False,
+) -> Callable[[Params, Context], Any]:
     r"""φ*(c) = argmin_φ g(φ, c), differentiable as often as one likes, in both modes.
 
     $$d\phi^* = -[\partial^2_{\phi\phi} g]^{-1} \, \partial^2_{\phi c} g \; dc$$
@@ -24,13 +28,16 @@ def implicit_solution(
     One rule serves `jax.grad`, `jvp`, `jacfwd`, `jacrev`, `hessian`, `vmap`, `jit`, `lax.scan` and
     `shard_map` (with `check_vma=False`: loops here start from constants). Nothing of the inner loop
     is stored: memory does not grow with its steps. The derivative by the start is zero, as it is
-    for an exact solution. Nothing is reported here: for residuals and error estimates use the
-    estimator `implicit`.
+    for an exact solution. It holds at a minimiser of `inner_loss`: not where a constraint is
+    active, and not where the inner optimiser decays weights; `with_report` tells how far the loop
+    came, the estimator `implicit` has residuals and error estimates too.
 
     Args:
         inner_loss: g, a function of (φ, context).
         inner: the inner loop. Differentiate n times only if it converges: the rule holds at φ*.
         solver: of the linear system of each derivative, see `memmeta.linear_solve`.
+        with_report: whether the function returns (φ̂, `Report`) instead, with the figures of the
+            inner loop.
 
     Returns:
         (φ₀, context) -> φ̂, like φ₀. Integer and PRNG-key leaves of both are passed through.
@@ -49,16 +56,19 @@ def implicit_solution(
     )
 
     @jax.custom_jvp
-    def solve(floats: Params, others: Params, active: Context, passive: Context) -> Params:
+    def solve(
+        floats: Params, others: Params, active: Context, passive: Context
+    ) -> tuple[Params, Report]:
         wide_problem, wide, _ = widened(problem, trees.merge(floats, others))
         context = trees.merge(active, passive)
-        return inner.run(wide_problem, wide, context, jax.random.key(0)).params
+        state = inner.run(wide_problem, wide, context, jax.random.key(0))
+        return state.params, report_of_loop(state)
 
     @solve.defjvp
-    def solve_jvp(primals: tuple, tangents: tuple) -> tuple[Params, Params]:
+    def solve_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
         floats, others, active, passive = primals
         here, _, _ = widened(problem, trees.merge(floats, others))
-        params = solve(*primals)
+        params, report = solve(*primals)
         where = {"problem": here, "params": params, "context": trees.merge(active, passive)}
 
         def slope(params: Params, active: Context) -> Params:
@@ -72,11 +82,14 @@ def implicit_solution(
 
         _, change = jax.jvp(lambda a: slope(params, a), (active,), (tangents[2],))
         right = jax.tree.map(jnp.negative, change)
-        return params, jax.lax.custom_linear_solve(product, right, inverse, symmetric=True)
+        moved = jax.lax.custom_linear_solve(product, right, inverse, symmetric=True)
+        return (params, report), (moved, jax.tree.map(jnp.zeros_like, report))
 
     def solution(params: Params, context: Context) -> Any:
         floats, others = trees.split_inexact(params)
         active, passive = trees.split_inexact(context)
-        return widened(problem, params)[2](solve(floats, others, active, passive))
+        solved, report = solve(floats, others, active, passive)
+        solved = widened(problem, params)[2](solved)
+        return (solved, report) if with_report else solved
 
     return solution

@@ -95,7 +95,7 @@ def through(
     """
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        require_derivative_at_zero(inner.steps_of, begin.params)
+        require_derivative_at_zero(inner.steps_of, begin.params, reverse=True)
         judging = estimate_error and has_known_curvature(problem, inner)
         tilt = jax.tree.map(jnp.zeros_like, begin.params) if judging else None
 

@@ -96,7 +96,7 @@ class InnerLoop:
         [1.0, 2.0]
     """
 
-    solver: InnerSolver | optax.GradientTransformation = DEFAULT
+    solver: InnerSolver | optax.GradientTransformation | optax.MultiSteps = DEFAULT
     steps: int = 20
     tolerance: float | None = None
 

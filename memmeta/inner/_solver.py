@@ -122,7 +122,7 @@ def about(loss: Scalar, gradient: Params, loss_at: Callable[[Params], Scalar]) -
     return {"value": loss, "grad": gradient, "value_fn": loss_at, "grad_fn": grad_fn}
 
 
-def require_derivative_at_zero(solver: InnerSolver, params: Params) -> None:
+def require_derivative_at_zero(solver: InnerSolver, params: Params, reverse: bool) -> None:
     """Refuse an optax optimiser whose update has no derivative where a gradient is zero.
 
     Gradients of a ReLU network are exactly zero wherever a unit is dead; the derivative of one step
@@ -132,6 +132,7 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params) -> None:
     Args:
         solver: of the loop that is about to be differentiated.
         params: φ.
+        reverse: whether in reverse mode; forward otherwise.
 
     Raises:
         ValueError: with what to write instead.
@@ -142,18 +143,29 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params) -> None:
 
     @jax.jit
     def derivative(ones: Params) -> Params:
-        state = optimizer.init(ones)
+        zeros, state = jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones)
 
         def update(gradient: Params) -> Params:
             known = about(jnp.float32(0), gradient, lambda _: jnp.float32(0))
             with jax.numpy_dtype_promotion("standard"):
                 return optimizer.update(gradient, state, ones, **known)[0]
 
-        return jax.jvp(update, (jax.tree.map(jnp.zeros_like, ones),), (ones,))[1]
+        if reverse:
+            return jax.vjp(update, zeros)[1](ones)
+        return jax.jvp(update, (zeros,), (ones,))[1]
 
     with jax.ensure_compile_time_eval():
         ones = jax.tree.map(lambda leaf: jnp.ones((1,) * leaf.ndim, leaf.dtype), params)
-        finite = bool(trees.all_finite(derivative(ones)))
+        try:
+            finite = bool(trees.all_finite(derivative(ones)))
+        except ValueError as error:
+            if "Reverse-mode differentiation does not work" not in str(error):
+                raise
+            raise ValueError(
+                "solver: this optax optimiser has a loop of unknown length in each step (a line "
+                "search), which has no reverse-mode derivative. Use an estimator that does not "
+                "differentiate the steps, such as implicit(), or forward_mode()."
+            ) from error
     if not finite:
         raise ValueError(
             "solver: the update of this optax optimiser has no finite derivative at a gradient of "

@@ -350,7 +350,7 @@ def make_meta_step(
     problem: Problem,
     inner: InnerLoop,
     estimator: Estimator,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
     task_chunk: TaskChunk = "auto",
     mesh: Mesh | None = None,

@@ -35,7 +35,7 @@ class Learner:
 
     def make_meta_step(
         self,
-        optimizer: optax.GradientTransformation,
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
         *,
         task_chunk: TaskChunk = "auto",
         mesh: Mesh | None = None,
