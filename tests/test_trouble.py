@@ -1,4 +1,4 @@
-"""Nothing wrong goes unsaid: an error names its argument, or the metrics count it. Never silence."""
+"""Nothing wrong goes unsaid: an error names its argument, or the metrics count it."""
 
 import dataclasses
 import re
