@@ -109,13 +109,21 @@ def test_an_altered_checkpoint_is_passed_over(run, tmp_path, capsys):
     assert "every checkpoint was altered" in last_line(capsys)
 
 
-def test_a_checkpoint_of_another_model(run, tmp_path, capsys):
+def test_a_checkpoint_of_another_model(run):
+    other = make_trainer(replace(RunFolder(run).config(), width=6)).init()
+    with pytest.raises(checkpoints.CheckpointError, match="a checkpoint of another model"):
+        checkpoints.restore(run / "checkpoints", other)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["train", "--resume", "--run"]])
+def test_a_configuration_altered_after_the_fact(command, run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"width": 6}))
-    assert main(["evaluate", str(copy)]) == 1
-    assert "a checkpoint of another model" in last_line(capsys)
+    (copy / "config.json").write_text(json.dumps(config | {"rate": 0.5}))
+    (copy / "checkpoints" / "00000006.json").unlink()  # so that there is something to resume
+    assert main([*command, str(copy)]) == 1
+    assert "rate is 0.5, but the newest checkpoint was made with 0.003" in last_line(capsys)
 
 
 @pytest.mark.parametrize(

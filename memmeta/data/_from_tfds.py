@@ -5,7 +5,6 @@ download and preparation of the files needs TensorFlow, in a process of its own.
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from memmeta.data._cache import ensure_cache, open_cache
+from memmeta._files import user_cache
+from memmeta.data._cache import MANIFEST, ensure_cache, open_cache
 from memmeta.data._class_splits import drawn_split, published_split
 from memmeta.data._dataset import DataError
 from memmeta.data._host import HostDataset, with_rotations
 from memmeta.data._images import resized
 from memmeta.data._plan import ClassItems, Plan
+from memmeta.data._reading import Reading
 
 READ_PIP = "pip install 'memmeta[tfds]'"
 PREPARE_PIP = "pip install 'memmeta[tfds-prepare]'"
@@ -62,7 +63,9 @@ class Source:
         return [ClassItems(names[k], groups.get(k, ""), tuple(found[k])) for k in sorted(found)]
 
 
-def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
+def load_tfds(
+    name: str, split: str, data_dir: Path | None, reading: Reading = Reading()
+) -> HostDataset:
     """One split of a data set by tensorflow-datasets, downloaded and converted on first use.
 
     `omniglot`: 1100, 100 and 423 characters drawn at random over all alphabets, as MAML papers do,
@@ -76,6 +79,7 @@ def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
         name: the data set's name.
         split: "train", "validation" or "test".
         data_dir: the folder of tensorflow-datasets; None: its own default.
+        reading: only what is told how far the conversion is.
 
     Returns:
         The split, memory-mapped.
@@ -84,16 +88,20 @@ def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
         DataError: an extra is not installed (the message has the pip line), the download failed,
             or the builder is not one of images and labels.
     """
-    cache = _caches(data_dir) / name.replace(":", "-").replace("/", "-")
-    ensure_cache(cache, lambda: make_plan(name, data_dir))
-    dataset = open_cache(cache, split)
+    cache = _cache_of(name, data_dir)
+    ensure_cache(cache, lambda: make_plan(name, data_dir), reading.progress)
+    dataset = open_cache(cache, split, reading.progress)
     return with_rotations(dataset) if name == "omniglot" else dataset
 
 
-def _caches(data_dir: Path | None) -> Path:
-    if data_dir is not None:
-        return data_dir / ".memmeta"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "memmeta" / "data"
+def _cache_of(name: str, data_dir: Path | None) -> Path:
+    caches = user_cache() / "data" if data_dir is None else data_dir / ".memmeta"
+    return caches / name.replace(":", "-").replace("/", "-")
+
+
+def is_converted(name: str) -> bool:
+    """Whether a data set is in this person's own cache already."""
+    return (_cache_of(name, None) / MANIFEST).is_file()
 
 
 def make_plan(name: str, data_dir: Path | None) -> Plan:
