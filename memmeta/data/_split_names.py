@@ -17,6 +17,7 @@ LOOKS_LIKE = re.compile(
     r"(meta)?(train|valid|val|test|dev|eval|holdout|heldout|split|fold)"
     r"(s|er|ing|idation|ation|uation|set|data|images?|imgs?|class|classes|split)?"
 )
+FILLERS = {"meta", "image", "images", "img", "imgs", "set", "data", "class", "classes"}
 NOT_OURS = ("__macosx",)
 """Folders that a packer leaves beside the data."""
 
@@ -31,17 +32,23 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in NAMES.items() if name.lower() in names), None)
 
 
-def looks_like_split(name: str) -> bool:
+def looks_like_split(name: str, *, alone: bool = False) -> bool:
     """Whether a name is probably meant as a split's.
 
+    Args:
+        name: of a folder.
+        alone: whether the name must say nothing else.
+
     Example:
-        >>> looks_like_split("train_2017"), looks_like_split("Trains"), looks_like_split("tests")
+        >>> looks_like_split("train_2017"), looks_like_split("metaTrain"), looks_like_split("tests")
         (True, True, True)
-        >>> looks_like_split("animals")
-        False
+        >>> looks_like_split("animals"), looks_like_split("test tube", alone=True)
+        (False, False)
     """
     words = re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())
-    return any(LOOKS_LIKE.fullmatch(word) for word in words)
+    found = [bool(LOOKS_LIKE.fullmatch(word)) for word in words]
+    rest = {word for word, like in zip(words, found, strict=True) if not like}
+    return any(found) and not (alone and rest - FILLERS)
 
 
 def find_splits(root: Path, suffix: str = "") -> dict[str, Path]:
@@ -133,7 +140,8 @@ def refuse_unclear(root: Path, classes: Sequence[ClassItems]) -> None:
     """
     above = {part for item in classes for part in item.name.split("/")[:-1]}
     unclear = sorted(name for name in above if looks_like_split(name))
-    named = sorted(item.name for item in classes if looks_like_split(item.name.split("/")[-1]))
+    last = {item.name: item.name.split("/")[-1] for item in classes}
+    named = sorted(name for name, part in last.items() if looks_like_split(part, alone=True))
     if not unclear and len(named) > 1:
         unclear = named
     if unclear:
