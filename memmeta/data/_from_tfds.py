@@ -19,7 +19,7 @@ from memmeta.data._cache import MANIFEST, ensure_cache, open_cache
 from memmeta.data._class_splits import drawn_split, published_split
 from memmeta.data._dataset import DataError
 from memmeta.data._host import HostDataset, with_rotations
-from memmeta.data._images import resized
+from memmeta.data._images import decoded, resized
 from memmeta.data._plan import ClassItems, Plan
 from memmeta.data._reading import Reading
 
@@ -42,11 +42,13 @@ class Source:
         examples: of each of its own splits, by number.
         labels: of each of its own splits, for each key: the label of every example.
         label_names: for each key.
+        channels: of its images.
     """
 
     examples: dict[str, Any]
     labels: dict[str, dict[str, np.ndarray]]
     label_names: dict[str, list[str]]
+    channels: int = 3
 
     def classes(self, group: str | None, splits: Iterable[str]) -> list[ClassItems]:
         """The classes found in some of its own splits, with the (split, number) of each example."""
@@ -167,7 +169,10 @@ def _any(name: str, data_dir: Path | None) -> Plan:
 
 def _image(source: Source, item: tuple[str, int]) -> np.ndarray:
     split, number = item
-    return np.asarray(source.examples[split][number]["image"])
+    found = source.examples[split][number]["image"]
+    if not isinstance(found, bytes):
+        return np.asarray(found)
+    return decoded(found, source.channels, f"{split}, example {number}")
 
 
 def read_source(
@@ -195,10 +200,10 @@ def read_source(
             builder = tfds.builder(builder_name, data_dir=where)
         features = builder.info.features
         _check_features(tfds, builder_name, features, keys)
-        examples = dict(builder.as_data_source())
+        # images are decoded here, where only some formats are tried
         skip = {"image": tfds.decode.SkipDecoding()}
-        labels = {}
-        for split, undecoded in builder.as_data_source(decoders=skip).items():
+        examples, labels = dict(builder.as_data_source(decoders=skip)), {}
+        for split, undecoded in examples.items():
             found = [[example[key] for key in keys] for example in undecoded]
             columns = np.array(found, np.int64).reshape(-1, len(keys)).T
             labels[split] = dict(zip(keys, columns, strict=True))
@@ -208,7 +213,8 @@ def read_source(
             "set of tensorflow-datasets, prepared in the format array_record"
         ) from error
     names = {key: list(features[key].names) for key in keys}
-    return Source(examples, labels, names), tuple(features["image"].shape)
+    shape = tuple(features["image"].shape)
+    return Source(examples, labels, names, shape[-1]), shape
 
 
 def _check_features(tfds: Any, builder_name: str, features: Any, keys: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Image files as arrays of one shape; the only module that needs Pillow."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,9 +82,29 @@ def read_image(path: Path, reading: Reading, channels: int = 3) -> UInt8[np.ndar
     return resized(pixels.reshape(*pixels.shape[:2], channels), reading.size, reading.fit)
 
 
+def decoded(content: bytes, channels: int, where: str) -> UInt8[np.ndarray, "h w c"]:
+    """The image that stands in some bytes, as it is.
+
+    Args:
+        content: of an image file.
+        channels: 1 for grey, 3 for RGB, 4 for RGB and transparency.
+        where: what the error calls it.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    image_module = _pillow()
+    try:
+        with _opened(image_module, io.BytesIO(content), Reading()) as image:
+            pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    except Exception as error:
+        raise _unusable(where, error) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
 @contextmanager
-def _opened(image_module: Any, path: Path, reading: Reading) -> Iterator[Any]:
-    with image_module.open(path, formats=FORMATS) as image:
+def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Iterator[Any]:
+    with image_module.open(file, formats=FORMATS) as image:
         if image.width * image.height > reading.limits.most_pixels:
             raise ValueError(
                 f"{image.width} x {image.height} pixels, more than most_pixels="
@@ -94,7 +115,7 @@ def _opened(image_module: Any, path: Path, reading: Reading) -> Iterator[Any]:
         yield image
 
 
-def _unusable(path: Path, error: Exception) -> DataError:
+def _unusable(path: Path | str, error: Exception) -> DataError:
     said = " ".join(str(error).split()) or type(error).__name__
     return DataError(
         f"{path}: not a whole image that can be used ({said}); replace or remove it and run again "
