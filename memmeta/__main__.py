@@ -8,7 +8,6 @@ with --strict met trouble; 75 SIGTERM or SIGINT came and the state is saved, go 
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from memmeta._files import FileError, distrust, unused_path, user_cache
+from memmeta._files import unused_path
 from memmeta.data import DataError, Limits
 from memmeta.meta import _mesh as mesh_of
 from memmeta.runs import _devices as devices
@@ -27,9 +26,11 @@ from memmeta.runs import _events as events
 from memmeta.runs import _processes as processes
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
+from memmeta.runs._compiled import use_compilation_cache
 from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder, new_run, old_run, require_new
 from memmeta.runs._interruption import Interrupted, Stopped
+from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import Trainer, check_room, make_trainer
 from memmeta.runs.checkpoints import CheckpointError
 
@@ -180,12 +181,8 @@ def run_evaluate(command: Evaluate) -> None:
     given = {"episodes": command.episodes, "test_steps": command.test_steps}
     changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     stored = folder.config()
-    steps = checkpoints.whole(folder.checkpoints)
-    if steps:
-        stored.require_unaltered(
-            checkpoints.note(folder.checkpoints, steps[0]), str(folder.config_file)
-        )
-    config = replace(stored.confirmed(command.data_dir), **changes)
+    require_unaltered(folder, stored)
+    config = replace(confirmed(stored, command.data_dir), **changes)
     devices.use(devices.cores())
     mesh = devices.chosen(None, config.tasks)
     trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
@@ -237,33 +234,7 @@ def _confirmed(run: Path, given: Config) -> Config:
                 f"{name}: was {was} in this run, found {found}; a resumed run keeps its options: "
                 f"leave it out, {longer}or start a new run"
             )
-    return replace(stored.confirmed(given.data_dir), meta_steps=given.meta_steps)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, where nobody else can put any.
-
-    They are run as they are found. So the folder, the user's own choice or ours, must be one that
-    only the user can write to; ours is never below the current directory.
-    """
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if chosen and "://" in chosen:
-        return  # a bucket, whose owner says who may write to it
-    try:
-        folder = Path(chosen) if chosen else user_cache() / "compiled"
-        here = Path.cwd().resolve()
-        below = folder.resolve().is_relative_to(here) and not Path.home().is_relative_to(here)
-        if below and not chosen:  # a stranger's folder may bring a cache of its own
-            raise FileError(f"{folder} is below the current directory")
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        reason = distrust(folder)
-    except (OSError, RuntimeError) as error:
-        folder, reason = Path(), str(error)
-    if reason is not None:
-        log.warning("compiled programs are not kept between runs: %s", reason)
-    jax.config.update("jax_compilation_cache_dir", None if reason else str(folder))
+    return replace(confirmed(stored, given.data_dir), meta_steps=given.meta_steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

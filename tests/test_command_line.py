@@ -10,9 +10,10 @@ import numpy as np
 import pandas
 import pytest
 
-from memmeta.__main__ import main, use_compilation_cache
+from memmeta.__main__ import main
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
 from memmeta.runs import Config, RunFolder, checkpoints, make_trainer
+from memmeta.runs._compiled import use_compilation_cache
 
 SMALL = [
     *(

@@ -48,7 +48,13 @@ def no_train(root):
 def a_fourth(root):
     make_tree(root)
     write_classes(root / "holdout", ["a"])
-    return "holdout is beside the splits train, val, test"
+    return "holdout stands where splits stand"
+
+
+def a_list_of_another_name(root):
+    write_classes(root, ["a", "b", "c"])
+    (root / "train_list.csv").write_text("filename,label\n")
+    return "train_list.csv stands where splits stand"
 
 
 def twice(root):
@@ -82,7 +88,16 @@ def two_without_classes(root):
 @pytest.mark.parametrize(
     "make",
     [
-        *(only_train, no_train, a_fourth, twice, other_names, one_level_down, without_classes),
+        *(
+            only_train,
+            no_train,
+            a_fourth,
+            a_list_of_another_name,
+            twice,
+            other_names,
+            one_level_down,
+            without_classes,
+        ),
         two_without_classes,
     ],
 )

@@ -5,7 +5,6 @@ Their licences do not allow them to be passed on, so the user brings the files.
 
 import csv
 import hashlib
-import os
 import unicodedata
 from collections.abc import Iterable
 from functools import partial
@@ -13,20 +12,21 @@ from io import StringIO
 from itertools import chain
 from pathlib import Path
 
-from memmeta._files import DEEPEST, read_bytes
+from memmeta._files import read_bytes
 from memmeta.data._archive import unpack
 from memmeta.data._cache import MANIFEST, ensure_cache, open_cache
+from memmeta.data._class_folders import classes_in, folders_in, has_images, inside
 from memmeta.data._class_splits import ClassSplit, drawn_split, label_of, published_split
 from memmeta.data._dataset import DataError, say_once
 from memmeta.data._host import HostDataset
-from memmeta.data._images import SUFFIXES, check_colour, is_grey, read_image
+from memmeta.data._images import check_colour, is_grey, read_image
 from memmeta.data._plan import ClassItems, Plan
 from memmeta.data._reading import Reading
 from memmeta.data._split_names import (
     NAMES,
-    NOT_OURS,
     completed,
     find_splits,
+    looks_like_split,
     refuse_others,
     refuse_unclear,
 )
@@ -113,7 +113,7 @@ def find_classes(kind: str, seed: int, root: Path) -> dict[str, list[ClassItems]
     elif given:
         splits = completed(root, given, seed)
     else:
-        classes = _classes(root, root)
+        classes = classes_in(root, root)
         refuse_unclear(root, classes)
         counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
         splits = drawn_split(classes, seed, *counts)
@@ -161,7 +161,7 @@ def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], readin
 
 def _listed_by(published: ClassSplit, root: Path) -> list[ClassItems]:
     """The class folders that a published list names; ImageNet's own folder holds others too."""
-    return [item for item in _classes(root, root) if label_of(item) in published.labels]
+    return [item for item in classes_in(root, root) if label_of(item) in published.labels]
 
 
 def _root(name: str, data_dir: Path, reading: Reading) -> Path:
@@ -181,96 +181,20 @@ def _root(name: str, data_dir: Path, reading: Reading) -> Path:
 
 def _split_folders(root: Path) -> dict[str, list[ClassItems]]:
     found = find_splits(root)
-    if len(found) == 1 and not any(map(_folders_in, found.values())):
+    if len(found) == 1 and not any(map(folders_in, found.values())):
         return {}  # images right inside: a class of that name
     if found:
-        beside = [path for path in _folders_in(root) if path not in found.values()]
-        refuse_others(root, found, (path for path in beside if _has_images(root, path)))
-    return {split: _classes(root, folder) for split, folder in found.items()}
-
-
-def _classes(root: Path, folder: Path) -> list[ClassItems]:
-    """Every folder below `folder` that has images in it is a class."""
-    classes = []
-    for path in [folder, *_folders(folder)]:
-        inside = [_inside(root, entry) for entry in _images_in(path)]
-        if inside and path == folder:
-            raise DataError(f"{inside[0]} of {root} is in no class folder: move or remove it")
-        if inside or not (path == folder or _folders_in(path)):
-            relative = path.relative_to(folder)
-            group = "" if relative.parent == Path(".") else _name(relative.parent)
-            classes.append(ClassItems(_name(relative), group, inside))
-    return classes
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return _files_in(folder, SUFFIXES)
-
-
-def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return [entry for entry in entries if entry.suffix.lower() in suffixes and entry.is_file()]
-
-
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Every file with one of the suffixes in a folder and those below it, none of them hidden.
-
-    Raises:
-        DataError: a folder is a link, or a file leads out of it.
-    """
-    found = [file for path in (folder, *_folders(folder)) for file in _files_in(path, suffixes)]
-    for file in found:
-        _inside(folder, file)
-    return found
-
-
-def _has_images(root: Path, folder: Path) -> bool:
-    return any(_images_in(path) for path in (folder, *_folders(folder)))
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The folders below `folder`, each after the one it is in."""
-    found, waiting = [], _folders_in(folder)[::-1]
-    while waiting:
-        path = waiting.pop()
-        if len(path.relative_to(folder).parts) > DEEPEST:
-            raise DataError(f"{folder}: holds more than {DEEPEST} folders inside one another")
-        found.append(path)
-        waiting += _folders_in(path)[::-1]
-    return found
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.name.lower() in NOT_OURS or not entry.is_dir():
-            continue
-        if entry.is_symlink():
-            raise DataError(f"{entry} is a link to a folder, which is not followed: remove it")
-        found.append(entry)
-    return found
-
-
-def _inside(root: Path, path: Path) -> str:
-    """The path below the root, once it is sure that the file really lies there."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{path} leads out of {root}: replace it by the file itself")
-    return path.relative_to(root).as_posix()
-
-
-def _name(path: Path) -> str:
-    # the same letters in composed and decomposed form are the same name; what is no UTF-8 is
-    # most likely of an older system
-    name = os.fsencode(path.as_posix())
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError:
-        text = name.decode("latin-1")
-    return unicodedata.normalize("NFC", text)
+        beside = [path for path in folders_in(root) if path not in found.values()]
+        refuse_others(root, (path for path in beside if has_images(root, path)))
+    return {split: classes_in(root, folder) for split, folder in found.items()}
 
 
 def _split_lists(root: Path) -> dict[str, list[ClassItems]]:
-    return {split: _listed(root, path) for split, path in find_splits(root, ".csv").items()}
+    found = find_splits(root, ".csv")
+    lists = [path for path in sorted(root.iterdir()) if path.suffix.lower() == ".csv"]
+    others = [path for path in lists if path not in found.values()]
+    refuse_others(root, (path for path in others if looks_like_split(path.stem)))
+    return {split: _listed(root, path) for split, path in found.items()}
 
 
 def _listed(root: Path, path: Path) -> list[ClassItems]:
@@ -281,7 +205,7 @@ def _listed(root: Path, path: Path) -> list[ClassItems]:
         file = next((folder / name for folder in choices if (folder / name).is_file()), None)
         if file is None:
             raise DataError(f"{path}: {name} is not in {root} or its sub-folder images: add it")
-        item = _inside(root, file)
+        item = inside(root, file)
         listed = items.setdefault(unicodedata.normalize("NFC", label), [])
         if item in listed:
             raise DataError(f"{path}: {name} is listed twice: remove one line")

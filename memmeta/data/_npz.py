@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from memmeta.data._class_folders import find_files
 from memmeta.data._dataset import DataError, Dataset
-from memmeta.data._folders import find_files
 from memmeta.data._reading import Limits, Reading
 from memmeta.data._split_names import find_splits
 

@@ -18,8 +18,6 @@ LOOKS_LIKE = re.compile(
     r"(s|er|ing|idation|ation|uation|set|data|images?|imgs?|class|classes|split)?"
 )
 FILLERS = {"meta", "image", "images", "img", "imgs", "set", "data", "class", "classes"}
-NOT_OURS = ("__macosx",)
-"""Folders that a packer leaves beside the data."""
 
 
 def split_of(name: str) -> str | None:
@@ -109,22 +107,20 @@ def completed(
     return {**splits, "train": kept, missing[0]: taken}
 
 
-def refuse_others(root: Path, found: dict[str, Path], others: Iterable[Path]) -> None:
-    """Refuse what stands beside folders of splits and is none of them.
+def refuse_others(root: Path, others: Iterable[Path]) -> None:
+    """Refuse what stands where splits stand and is none of them.
 
     Args:
         root: of the data set.
-        found: its splits.
-        others: folders beside them with images in them.
+        others: folders beside the splits with images in them, or lists with names of splits.
 
     Raises:
         DataError: there is one.
     """
     for path in others:
-        names = ", ".join(path.name for path in found.values())
         raise DataError(
-            f"{root}: {path.name} is beside the splits {names} and is none of train, validation "
-            "and test: rename it, or move it elsewhere"
+            f"{root}: {path.name} stands where splits stand and is none of train, validation and "
+            "test: rename it, or move it elsewhere"
         )
 
 

@@ -13,7 +13,6 @@ import optax
 from memmeta import algorithms, models
 from memmeta._files import FileError, decode
 from memmeta.data import Augmentation, Dataset, Episodes, HostDataset, Warp, normalisation
-from memmeta.data._registry import touches_files
 from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
@@ -258,46 +257,6 @@ class Config:
             return cls(**found)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-
-    def confirmed(self, data_dir: Path | None) -> "Config":
-        """This configuration, read from a file, once a person has named the folder of its data.
-
-        Args:
-            data_dir: what the person named; None: nothing.
-
-        Raises:
-            UserError: loading the data would read, make or download files, and nothing was named.
-        """
-        if data_dir is not None:
-            return replace(self, data_dir=data_dir)
-        if touches_files(self.data, self.data_dir):
-            named = "" if self.data_dir is None else f" in {self.data_dir}"
-            raise UserError(
-                f"data_dir: the configuration wants to use the data set {self.data}{named}, where "
-                "files may be read, unpacked, downloaded and converted; say --data-dir FOLDER to "
-                "confirm that folder or to name yours"
-            )
-        return self
-
-    def require_unaltered(self, note: dict[str, Any], where: str) -> None:
-        """Refuse a configuration that is not the one a checkpoint was made with.
-
-        Args:
-            note: what was kept with the checkpoint.
-            where: what the error calls the configuration.
-
-        Raises:
-            UserError: it was altered since; the message names the option.
-        """
-        was, now = note.get("config"), self.plain()
-        if not isinstance(was, dict):
-            return
-        for name in now.keys() - {"data_dir", "episodes", "test_steps", "meta_steps"}:
-            if was.get(name) != now[name]:
-                raise UserError(
-                    f"{where}: {name} is {now[name]}, but the newest checkpoint was made with "
-                    f"{was.get(name)}: put it back, or start a new run"
-                )
 
 
 def _require_kinds(values: dict[str, Any]) -> None:

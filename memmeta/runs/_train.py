@@ -16,6 +16,7 @@ from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder
 from memmeta.runs._interruption import Interrupted, Stopped, interruptible
+from memmeta.runs._stored import require_unaltered
 from memmeta.runs._trainer import TEST, VALIDATION, Trainer
 
 VALIDATION_EPISODES = 100
@@ -89,11 +90,8 @@ def _save(folder: RunFolder, config: Config, step: int, state: MetaState) -> Non
 
 def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
     """The newest state of a run, with the metrics cut back to it."""
-    steps = checkpoints.whole(folder.checkpoints)
-    if steps:
-        config.require_unaltered(
-            checkpoints.note(folder.checkpoints, steps[0]), str(folder.config_file)
-        )
+    require_unaltered(folder, config)
+    if checkpoints.whole(folder.checkpoints):
         state = checkpoints.restore(folder.checkpoints, state)
     else:  # it ended before the first one, or they are gone
         last = max((line["step"] for line in folder.metrics()), default=0)

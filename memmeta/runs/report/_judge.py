@@ -19,6 +19,7 @@ from memmeta.runs import checkpoints
 from memmeta.runs._config import Config
 from memmeta.runs._folder import RunFolder
 from memmeta.runs._records import FinalReport
+from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import TEST, make_trainer
 
 
@@ -103,13 +104,10 @@ def judge(
     folder = RunFolder(path)
     config = folder.config()
     known = partial(Judged, name, config, folder.metrics(), folder.final_report())
-    steps = checkpoints.whole(folder.checkpoints)
-    if not steps:
+    if not checkpoints.whole(folder.checkpoints):
         return known(None, {}, None)
-    config.require_unaltered(
-        checkpoints.note(folder.checkpoints, steps[0]), str(folder.config_file)
-    )
-    trainer = make_trainer(config.confirmed(data_dir), limits=limits)
+    require_unaltered(folder, config)
+    trainer = make_trainer(confirmed(config, data_dir), limits=limits)
     state = checkpoints.restore(folder.checkpoints, trainer.init())
     test = trainer.splits["test"]
     dataset = test.to_device() if isinstance(test, HostDataset) else test
