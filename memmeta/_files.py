@@ -207,12 +207,16 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         InUse: another has it, and `wait` is False.
         FileError: the file is a link, or cannot be made.
     """
-    with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise InUse(f"{path.parent}: in use by another process") from error
-        yield
+    while True:
+        with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                raise InUse(f"{path.parent}: in use by another process") from error
+            # who held it may have removed the file, and then a third has the lock of a new one
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield
+                return
 
 
 def user_cache() -> Path:

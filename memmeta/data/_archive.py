@@ -87,7 +87,11 @@ def unpack(path: Path, target: Path, limits: Limits) -> None:
             said = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{path} cannot be unpacked ({said}): get it again") from error
         only = inside / target.name
-        (only if list(inside.iterdir()) == [only] else inside).rename(target)
+        try:
+            (only if list(inside.iterdir()) == [only] else inside).rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker
+                raise
 
 
 def _check_sum(path: Path) -> None:

@@ -87,19 +87,35 @@ def ensure_cache(
     stamp = "" if sources is None else fingerprint(sources)
     if _is_current(cache, stamp):
         return
-    plan = make_plan()
-    plan.check()
+    caches, lock = cache.parent, cache.with_name(f"{cache.name}.lock")
+    existed = caches.exists()
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        own_folder(cache.parent)
-        refuse_links(cache.parent)
-        own_folder(cache)
-        with locked(cache.with_name(f"{cache.name}.lock"), wait=True):
+        caches.mkdir(parents=True, exist_ok=True)
+        own_folder(caches)
+        refuse_links(caches)
+        with locked(lock, wait=True):
             if not _is_current(cache, stamp):
+                plan = _checked_plan(make_plan, lock)
+                own_folder(cache)
                 _remove_stale(cache)
                 _convert(cache, plan, stamp, progress)
     except OSError as error:
         raise DataError(f"{cache}: cannot be written ({error})") from error
+    finally:
+        if not existed:
+            with suppress(OSError):  # it stays where there is something in it
+                caches.rmdir()
+
+
+def _checked_plan(make_plan: Callable[[], Plan], lock: Path) -> Plan:
+    """What to convert; the lock's file goes too where that cannot be used."""
+    try:
+        plan = make_plan()
+        plan.check()
+    except BaseException:
+        lock.unlink(missing_ok=True)
+        raise
+    return plan
 
 
 def _is_current(cache: Path, stamp: str) -> bool:
