@@ -5,29 +5,36 @@ with --strict met trouble; 75 SIGTERM or SIGINT came and the state is saved, go 
 130 and 143 the same signals where there was nothing to save.
 """
 
+import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import tyro
 
-from memmeta.data import DataError
+from memmeta.data import DataError, Limits
+from memmeta.data._files import unused_path
 from memmeta.meta import _mesh as mesh_of
 from memmeta.runs import _devices as devices
 from memmeta.runs import _events as events
 from memmeta.runs import _processes as processes
 from memmeta.runs import checkpoints
+from memmeta.runs._blocks import Block
+from memmeta.runs._compiled import use_compilation_cache
 from memmeta.runs._config import Config, UserError
-from memmeta.runs._folder import RunFolder, new_run, old_run, unused_path
+from memmeta.runs._folder import RunFolder, new_run, old_run, require_new
 from memmeta.runs._interruption import Interrupted, Stopped
-from memmeta.runs.checkpoints import CheckpointError, write_whole
+from memmeta.runs._stored import confirmed, require_unaltered
+from memmeta.runs._trainer import Trainer, check_room, make_trainer
+from memmeta.runs.checkpoints import CheckpointError
+
+log = logging.getLogger("memmeta")
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Train:
     run: Path | None = None
     """Run folder; None makes a new one below runs/."""
     resume: bool = False
-    """Go on from the newest checkpoint of the run folder, with the options it was made with."""
+    """Go on from the newest checkpoint of the run folder, with the options it was made with. Only
+    META_STEPS may be larger, which lengthens the run, and DATA_DIR must be named again."""
     strict: bool = False
     """Stop at the first task that is not finite, inner loop that diverges, inner Hessian that is
     not positive or meta-gradient that explodes, with the state and the tasks saved."""
@@ -54,6 +62,7 @@ class Train:
     processes: int = 1
     """Processes of this machine's CPU to share the run, for a try of what a launcher does on many
     machines."""
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,10 @@ class Evaluate:
     """Test episodes; None: as in the run."""
     test_steps: int | None = None
     """Steps of the inner loop; None: as in the run."""
+    data_dir: Path | None = None
+    """Folder of the run's data, where they are not part of the package: confirms what the run's
+    configuration names, or names another."""
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -78,41 +91,45 @@ class Report:
     """The page; the PNGs go into a folder of its name without the suffix."""
     episodes: int = 100
     """Test episodes of each group of classes."""
+    data_dir: Path | None = None
+    """Folder of the runs' data, as for `memmeta evaluate`."""
+    limits: Limits = field(default_factory=Limits)
 
 
 def run_train(command: Train) -> None:
     """`memmeta train`."""
     from memmeta.runs import _progress as progress
 
-    config = command.config
     devices.use(command.devices or (None if processes.launched() else devices.cores()))
     if processes.launched():
         processes.join()
     progress.console.quiet = not processes.is_first()
     if command.run is None and jax.process_count() > 1:
         raise UserError("run: several processes need one folder, named by --run")
-    if command.resume and command.run is not None:
-        holder = old_run(command.run)
-    else:
-        holder = new_run(command.run or _new_path(config), config)
-    with holder as folder:
-        progress.console.print(f"run folder: {folder.path}", soft_wrap=True)
-        _train_in(folder, command)
+    path = command.run or _new_path(command.config)
+    if command.resume:
+        with old_run(path) as folder:
+            trainer, block = _prepared(command)
+            _train_in(folder, command, trainer, block)
+        return
+    if processes.is_first():
+        require_new(path)
+    # nothing is made until it is sure that the run can start
+    trainer, block = _prepared(command)
+    with new_run(path, command.config) as folder:
+        _train_in(folder, command, trainer, block)
 
 
 def _new_path(config: Config) -> Path:
-    return unused_path(Path("runs"), f"{config.data}-{config.method}")
+    return unused_path(Path("runs"), f"{config.data}-{config.method}".replace("/", "-"))
 
 
-def _train_in(folder: RunFolder, command: Train) -> None:
-    from memmeta.runs import _picture as picture
+def _prepared(command: Train) -> tuple[Trainer, Block]:
     from memmeta.runs import _progress as progress
-    from memmeta.runs._train import final_report, train
-    from memmeta.runs._trainer import check_room, make_trainer
 
     config = command.config
     mesh = devices.chosen(command.devices, config.tasks)
-    trainer = make_trainer(config, mesh)
+    trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
     progress.console.print(
         f"{config.method} on {config.data}, {config.ways}-way {config.shots}-shot, "
         f"on {mesh_of.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
@@ -120,6 +137,23 @@ def _train_in(folder: RunFolder, command: Train) -> None:
     )
     block = trainer.compile()
     check_room(trainer, block)
+    return trainer, block
+
+
+def _train_in(folder: RunFolder, command: Train, trainer: Trainer, block: Block) -> None:
+    from memmeta.runs import _picture as picture
+    from memmeta.runs import _progress as progress
+    from memmeta.runs._train import final_report, train
+
+    config = command.config
+    progress.console.print(f"run folder: {folder.path}", soft_wrap=True)
+    if command.resume and config.meta_steps > (stored := folder.config()).meta_steps:
+        folder.write_config(replace(stored, meta_steps=config.meta_steps))
+        progress.console.print(
+            f"lengthened from {stored.meta_steps} to {config.meta_steps} meta-steps: from here on "
+            "the rate follows the cosine of the new length",
+            soft_wrap=True,
+        )
     with ExitStack() as shown:
         shows = [shown.enter_context(progress.shown(config.meta_steps))]
         if command.tensorboard:
@@ -133,8 +167,8 @@ def _train_in(folder: RunFolder, command: Train) -> None:
     report = final_report(trainer, state, folder, block)
     if not processes.is_first():
         return
-    picture.learning_curve(folder.metrics(), folder.path / "learning_curve.png")
-    write_whole(folder.path / "report.json", json.dumps(report, indent=2) + "\n")
+    folder.write("learning_curve.png", picture.learning_curve(folder.metrics()))
+    folder.write("report.json", json.dumps(report, indent=2) + "\n")
     progress.print_report(report)
 
 
@@ -142,14 +176,16 @@ def run_evaluate(command: Evaluate) -> None:
     """`memmeta evaluate`."""
     from memmeta.runs import _progress as progress
     from memmeta.runs._train import final_report
-    from memmeta.runs._trainer import make_trainer
 
     folder = RunFolder(command.run)
     given = {"episodes": command.episodes, "test_steps": command.test_steps}
     changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
-    config = replace(folder.config(), **changes)
+    stored = folder.config()
+    require_unaltered(folder, stored)
+    config = replace(confirmed(stored, command.data_dir), **changes)
     devices.use(devices.cores())
-    trainer = make_trainer(config, devices.chosen(None, config.tasks))
+    mesh = devices.chosen(None, config.tasks)
+    trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
     state = checkpoints.restore(folder.checkpoints, trainer.init())
     progress.print_report(final_report(trainer, state, folder))
 
@@ -162,35 +198,43 @@ def run_report(command: Report) -> None:
         raise UserError("runs: found none, expected at least one run folder")
     if command.episodes < 2:
         raise UserError(f"episodes: expected at least 2, found {command.episodes}")
-    runs = report.judge_all(command.runs, command.episodes)
+    runs = report.judge_all(command.runs, command.episodes, command.data_dir, command.limits)
     for path in report.write(runs, command.out, command.episodes):
         print(path)
 
 
 def _stored_default(arguments: Sequence[str]) -> Config:
-    """With --resume, the options the run was made with are the defaults."""
-    if "--resume" in arguments and "--run" in arguments[:-1]:
-        return RunFolder(Path(arguments[arguments.index("--run") + 1])).config()
+    """With --resume, the options the run was made with are the defaults, but for its data's place.
+
+    Where the data are is the person's to say, who may have the run's folder from somebody else.
+    """
+    path = None
+    for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if given == "--run":
+            path = following
+        elif given.startswith("--run="):
+            path = given.removeprefix("--run=")
+    if "--resume" in arguments and path is not None:
+        return replace(RunFolder(Path(path)).config(), data_dir=None)
     return Config()
 
 
-def _refuse_changes(stored: Config, given: Config) -> None:
-    changed = [n for n in vars(stored) if getattr(stored, n) != getattr(given, n)]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"{name}: was {getattr(stored, name)} in this run, found {getattr(given, name)}; "
-            "a resumed run keeps its options: leave it out, or start a new run"
-        )
+def _confirmed(run: Path, given: Config) -> Config:
+    """The options of a run to resume: those it was made with, maybe longer, its data's place named.
 
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the user has chosen a place for them."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        root = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = Path(root).expanduser() / "memmeta" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    Raises:
+        UserError: another option was given, or the data's place was not.
+    """
+    stored = RunFolder(run).config()
+    for name in vars(stored).keys() - {"data_dir"}:
+        was, found = getattr(stored, name), getattr(given, name)
+        if was != found and not (name == "meta_steps" and found > was):
+            longer = "or a larger one, " if name == "meta_steps" else ""
+            raise UserError(
+                f"{name}: was {was} in this run, found {found}; a resumed run keeps its options: "
+                f"leave it out, {longer}or start a new run"
+            )
+    return replace(confirmed(stored, given.data_dir), meta_steps=given.meta_steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,8 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # orbax reports every save and restore; a person wants to hear of failures only
     logging.getLogger("absl").setLevel(logging.ERROR)
-    use_compilation_cache()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be Unicode
+            stream.reconfigure(errors="backslashreplace")
+    said = logging.StreamHandler(sys.stderr)
+    said.setFormatter(logging.Formatter("memmeta: %(message)s"))
+    log.addHandler(said)
     try:
+        use_compilation_cache()
         return _run(arguments)
     except Interrupted as error:
         print(f"memmeta: {error}; go on with --resume", file=sys.stderr)
@@ -220,6 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("memmeta: interrupted; go on with --resume", file=sys.stderr)
         return 130
+    finally:
+        log.removeHandler(said)
 
 
 def _run(arguments: list[str]) -> int:
@@ -241,8 +293,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if command.resume and command.run is None:
         raise UserError("--resume: name the run folder to go on with, by --run")
-    if command.resume:
-        _refuse_changes(stored, command.config)
+    if command.resume and command.run is not None:
+        command = replace(command, config=_confirmed(command.run, command.config))
     if command.tensorboard:
         events.require()
     for name in ("processes", "devices"):

@@ -1,6 +1,7 @@
 """The command line as a person meets it: a small real run, resuming, all kinds of bad input."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import pytest
 from memmeta.__main__ import main
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
 from memmeta.runs import Config, RunFolder, checkpoints, make_trainer
+from memmeta.runs._compiled import use_compilation_cache
 
 SMALL = [
     *(
@@ -109,13 +111,21 @@ def test_an_altered_checkpoint_is_passed_over(run, tmp_path, capsys):
     assert "every checkpoint was altered" in last_line(capsys)
 
 
-def test_a_checkpoint_of_another_model(run, tmp_path, capsys):
+def test_a_checkpoint_of_another_model(run):
+    other = make_trainer(replace(RunFolder(run).config(), width=6)).init()
+    with pytest.raises(checkpoints.CheckpointError, match="a checkpoint of another model"):
+        checkpoints.restore(run / "checkpoints", other)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["report"], ["train", "--resume", "--run"]])
+def test_a_configuration_altered_after_the_fact(command, run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"width": 6}))
-    assert main(["evaluate", str(copy)]) == 1
-    assert "a checkpoint of another model" in last_line(capsys)
+    (copy / "config.json").write_text(json.dumps(config | {"rate": 0.5}))
+    (copy / "checkpoints" / "00000006.json").unlink()  # so that there is something to resume
+    assert main([*command, str(copy)]) == 1
+    assert "rate is 0.5, but the newest checkpoint was made with 0.003" in last_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -197,3 +207,81 @@ def test_augmentation_is_for_training_and_normalisation_for_both():
     plain, other = config.test_episodes(train, normalised).values()
     assert plain == Episodes(queries=15, augmentation=Augmentation(None, 0, False, *statistics))
     assert other == replace(plain, queries=5, cross_family=True)
+
+
+@pytest.fixture
+def cache_option(monkeypatch):
+    """Lets a test choose the cache of compiled programs, and puts it back."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    yield lambda: jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_private(cache_option, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    use_compilation_cache()
+    folder = tmp_path / "memmeta" / "compiled"
+    assert cache_option() == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def of_the_current_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    return "is below the current directory"
+
+
+def for_all_to_write(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    (folder / "memmeta" / "compiled").mkdir(parents=True)
+    (folder / "memmeta" / "compiled").chmod(0o777)
+    return "can be written by others"
+
+
+def below_one_for_all(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    (folder / "memmeta" / "compiled").mkdir(parents=True)
+    (folder / "memmeta").chmod(0o775)
+    return "can be written by others"
+
+
+def of_another(folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    (folder / "memmeta" / "compiled").mkdir(parents=True)
+    os.chown(folder / "memmeta" / "compiled", 54321, 54321)
+    return "belongs to another user"
+
+
+def chosen_and_open(folder, monkeypatch):
+    folder.chmod(0o777)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    return "can be written by others"
+
+
+KINDS = [of_the_current_directory, for_all_to_write, below_one_for_all, chosen_and_open]
+KINDS += [of_another] if os.geteuid() == 0 else []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_programs_of_others_are_not_run(kind, cache_option, tmp_path, monkeypatch, caplog):
+    (tmp_path / "place").mkdir()
+    message = kind(tmp_path / "place", monkeypatch)
+    use_compilation_cache()
+    assert cache_option() is None
+    assert message in caplog.text
+
+
+def test_a_relative_cache_counts_as_not_set(cache_option, tmp_path, monkeypatch):
+    (tmp_path / "stranger").mkdir()
+    monkeypatch.chdir(tmp_path / "stranger")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", ".")
+    (tmp_path / "home").mkdir()
+    use_compilation_cache()
+    assert cache_option() == str(tmp_path / "home" / ".cache" / "memmeta" / "compiled")
+    monkeypatch.setenv("HOME", "here")
+    use_compilation_cache()
+    assert cache_option() is None
+    assert not list((tmp_path / "stranger").iterdir())

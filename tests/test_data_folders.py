@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from memmeta.data import DataError, Episodes, HostDataset, load, load_host
+from memmeta.data import DataError, Episodes, HostDataset, Reading, load, load_host
 from memmeta.data import _cache as cache
 from memmeta.data import _folders as folders
 from memmeta.data._class_splits import drawn_split, published_split
 from memmeta.data._plan import ClassItems, Plan
+from memmeta.runs import _progress as progress
 
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
 SPLITS = ("train", "validation", "test")
@@ -64,11 +67,25 @@ def test_split_folders_become_a_data_set(tmp_path):
     Episodes(ways=2, queries=2).check(host.to_device())
 
 
-def test_converted_data_need_the_images_no_more(tmp_path):
+def test_images_that_changed_are_converted_again(tmp_path, caplog):
+    make_tree(tmp_path)
+    before = load_host("folder", "test", tmp_path)
+    (tmp_path / "test" / "test-a" / "0.png").unlink()
+    write_image(tmp_path / "test" / "test-b" / "1.png", (77, 77, 77))
+    after = load("folder", "test", tmp_path)
+    assert after.count.tolist() == [2, 3]
+    np.testing.assert_array_equal(after.inputs[1, 1, 0, 0], 77)
+    assert "have changed since they were converted" in caplog.text
+    assert before.rows[0, 0, 0, 2] == 200  # who had the old ones open keeps them
+
+
+def test_converted_data_need_the_images_no_more(tmp_path, caplog):
     make_tree(tmp_path)
     load("folder", "train", tmp_path)
-    (tmp_path / "test" / "test-a" / "0.png").unlink()
+    for split in ("train", "val", "test"):
+        shutil.rmtree(tmp_path / split)
     assert load("folder", "test", tmp_path).count.tolist() == [3, 3]
+    assert "is used, though its images cannot be found" in caplog.text
 
 
 def test_class_folders_alone_are_split_by_seed(tmp_path):
@@ -89,7 +106,7 @@ def test_class_folders_alone_are_split_by_seed(tmp_path):
 def test_other_modes_become_rgb(tmp_path, mode):
     suffix = "tif" if mode == "CMYK" else "png"
     write_image(tmp_path / f"image.{suffix}", (255, 255, 255), mode=mode)
-    found = folders.read_image(tmp_path / f"image.{suffix}", 84)
+    found = folders.read_image(tmp_path / f"image.{suffix}", Reading())
     assert found.shape == (84, 84, 3)
     assert found.dtype == np.uint8
     assert (found == 255).all()
@@ -119,7 +136,7 @@ def test_damaged_image_is_named_and_mending_it_resumes(tmp_path, monkeypatch, ho
     assert "\n" not in str(error.value)
     write_image(victim, (3, 1, 200))
     read, real = [], folders.read_image
-    monkeypatch.setattr(folders, "read_image", lambda p, size: read.append(p.name) or real(p, size))
+    monkeypatch.setattr(folders, "read_image", lambda p, *how: read.append(p.name) or real(p, *how))
     dataset = load("folder", "validation", tmp_path)
     assert len(read) == 9  # val-b and the two test classes; the three before it were kept
     np.testing.assert_array_equal(dataset.inputs[1, 1, 0, 0], [3, 1, 200])
@@ -130,10 +147,16 @@ def test_rows_lost_in_an_interruption_are_read_again(tmp_path):
     whole = load("folder", "train", root)
     folder = root / ".memmeta" / "folder"
     manifest = json.loads((folder / cache.MANIFEST).read_text())
-    plan = folders.make_plan("folder", "folder", 0, root)
+    found = folders.find_classes("folder", 0, root)
+    plan = folders.make_plan("folder", root, found, Reading())
+    stamps = {item.name: item.stamp for item in found["train"]}
     entries = [{"fingerprint": plan.fingerprint()}]
     entries += [
-        {"class": f"train/{found['name']}", "sha256": found["sha256"]}
+        {
+            "key": f"train/{found['name']}",
+            "stamp": stamps[found["name"]],
+            "sha256": found["sha256"],
+        }
         for found in manifest["splits"]["train"]
     ]
     lines = [json.dumps(entry) for entry in entries]
@@ -201,7 +224,7 @@ def link_to_a_folder(root):
 
 
 def nothing_in_a_split(root):
-    (root / "train").rename(root / "elsewhere")
+    (root / "train").rename(root.parent / "elsewhere")
     (root / "train").mkdir()
     return r"split train has no classes"
 
@@ -268,7 +291,7 @@ def test_tiered_imagenet_has_its_published_split_and_categories(tmp_path):
             lines.append(f"{name},{split} category {number // 20}")
             label += 1
     (root / "categories.csv").write_text("\n".join(lines), encoding="utf-8")
-    splits = folders.make_plan("tiered_imagenet", "tiered_imagenet", 0, tmp_path).splits
+    splits = folders.find_classes("tiered_imagenet", 0, tmp_path / "tiered_imagenet")
     assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
     assert [len({item.group for item in splits[split]}) for split in SPLITS] == [18, 5, 8]
     (root / "test" / "n00000607" / "0.jpg").unlink()
@@ -295,7 +318,7 @@ def test_tiered_imagenet_from_folders_of_categories(tmp_path):
         path = tmp_path / "tiered_imagenet" / (label if number % 2 else f"{category}/{label}")
         path.mkdir(parents=True)
         (path / "0.jpg").touch()
-    splits = folders.make_plan("tiered_imagenet", "tiered_imagenet", 0, tmp_path).splits
+    splits = folders.find_classes("tiered_imagenet", 0, tmp_path / "tiered_imagenet")
     assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
     assert [len({item.group for item in splits[split]}) for split in SPLITS] == [20, 6, 8]
     assert {item.group for item in splits["test"]} >= {"n02159955", "n09287968"}  # insects, shores
@@ -330,9 +353,9 @@ def test_splits_that_are_not_the_published_one():
 
 def test_a_conversion_shows_how_far_it_is(monkeypatch):
     written = io.StringIO()
-    terminal = cache.Console(file=written, force_terminal=True)
-    monkeypatch.setattr(cache, "Console", lambda **_: terminal)
-    with cache.progress_bar("converting leaves", 4) as advance:
+    terminal = Console(file=written, force_terminal=True)
+    monkeypatch.setattr(progress, "Console", lambda **_: terminal)
+    with progress.data_bar("converting leaves", 4) as advance:
         advance(3)
     assert "converting leaves" in written.getvalue()
     assert "75%" in written.getvalue()

@@ -205,10 +205,14 @@ def test_a_run_on_a_full_disk_goes_on_as_if_nothing_had_happened(uninterrupted, 
 
 def test_what_a_kill_left_of_a_checkpoint_is_tidied_away(tmp_path):
     state = {"weight": jnp.ones(3)}
-    (tmp_path / "00000001").mkdir()
-    (tmp_path / "00000001" / "half").write_text("torn")
-    (tmp_path / "00000002.orbax-checkpoint-tmp-5").mkdir()
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, state)
+        manifest = json.loads((tmp_path / f"{step:08d}.json").read_text())
+        # as it is before the checkpoint is whole
+        (tmp_path / f"{step:08d}.json").write_text(json.dumps(manifest | {"files": None}))
+    (tmp_path / "00000002").rename(tmp_path / "00000002.orbax-checkpoint-tmp-5")
     (tmp_path / "notes").mkdir()
+    assert checkpoints.whole(tmp_path) == []
     checkpoints.save(tmp_path, 3, state)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000003.json", "notes"]
 
@@ -397,3 +401,172 @@ def test_a_long_run_keeps_nothing(tmp_path):
     assert later_files <= files + 2
     assert step.compiled._cache_size() <= 2
     assert json.loads((tmp_path / "00000500.json").read_text())
+
+
+def test_the_checkpoint_saved_last_is_the_newest(tmp_path):
+    state = {"weight": jnp.ones(3)}
+    for step in (100, 200, 300):
+        checkpoints.save(tmp_path, step, state)
+    checkpoints.save(tmp_path, 1, {"weight": jnp.zeros(3)})
+    assert checkpoints.whole(tmp_path) == [1, 300, 200]
+    np.testing.assert_array_equal(checkpoints.restore(tmp_path, state)["weight"], 0)
+
+
+def test_steps_of_nine_digits(tmp_path):
+    state = {"weight": jnp.ones(3)}
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        checkpoints.save(tmp_path, step, state)
+    assert checkpoints.whole(tmp_path) == [100_000_001, 100_000_000, 99_999_999]
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path):
+    state = {"weight": jnp.ones(3)}
+    theirs = ["20240101/photo", "00000001/photo", "20220101.json", "00000002.json", "3.json"]
+    for name in theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"mine": "yes"}')
+    for step in (4, 5, 6, 7, 8):
+        checkpoints.save(tmp_path, step, state, {"about": "this"})
+    for step in (1, 2):  # in the way
+        with pytest.raises(OSError, match="not one of ours: move it"):
+            checkpoints.save(tmp_path, step, state)
+    assert all((tmp_path / name).read_text() == '{"mine": "yes"}' for name in theirs)
+    assert checkpoints.whole(tmp_path) == [8, 7, 6]
+    assert checkpoints.note(tmp_path, 8) == {"about": "this"}
+
+
+@pytest.fixture
+def ended_run(uninterrupted, tmp_path):
+    """A copy of a run that ended."""
+    return pathlib.Path(shutil.copytree(uninterrupted, tmp_path / "ended"))
+
+
+def resume(path, *options):
+    return main(["train", "--run", str(path), "--resume", "--devices=1", *options])
+
+
+@pytest.mark.parametrize("gone", ["folder", "manifests"])
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(gone, ended_run, capsys):
+    if gone == "folder":
+        shutil.rmtree(ended_run / "checkpoints")
+    for manifest in (ended_run / "checkpoints").glob("*.json"):
+        manifest.unlink()
+    before = (ended_run / "metrics.jsonl").read_bytes()
+    assert resume(ended_run) == 1
+    assert "go to meta-step 12, but no checkpoint is there" in capsys.readouterr().err
+    assert (ended_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_whose_manifest_is_gone_is_set_aside(ended_run, uninterrupted):
+    (ended_run / "checkpoints" / "00000012.json").unlink()
+    content = sorted((ended_run / "checkpoints" / "00000012").rglob("*"))
+    assert "00000012.set-aside-1" in ended(start(ended_run, "--resume"))
+    aside = ended_run / "checkpoints" / "00000012.set-aside-1"
+    assert len(sorted(aside.rglob("*"))) == len(content)
+    assert_same_run(ended_run, uninterrupted)
+
+
+def test_a_damaged_line_is_set_aside_and_no_other(ended_run, capsys):
+    file = ended_run / "metrics.jsonl"
+    rows = file.read_bytes().splitlines(keepends=True)
+    rows[2] = b"\x80" + rows[2][1:]
+    file.write_bytes(b"".join(rows) + b'{"step": 13, "to')
+    assert resume(ended_run) == 0
+    assert "2 unreadable of its lines are set aside" in capsys.readouterr().err
+    assert lines(ended_run)["step"].tolist() == [1, 2, *range(4, 13)]
+    aside = (ended_run / "metrics.set-aside-1").read_bytes()
+    assert aside == rows[2] + b'{"step": 13, "to\n'
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(ended_run, uninterrupted):
+    file = max(
+        (path for path in (ended_run / "checkpoints" / "00000012").rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    said = ended(start(ended_run, "--resume"))
+    assert "the checkpoint of meta-step 12 was altered or torn" in said
+    assert "for that of meta-step 10" in said
+    assert_same_run(ended_run, uninterrupted)
+
+
+def test_a_run_is_lengthened(ended_run, capsys):
+    assert resume(ended_run, "--meta-steps=11") == 1
+    assert "meta_steps: was 12 in this run, found 11" in capsys.readouterr().err
+    assert resume(ended_run, "--meta-steps=14") == 0
+    said = capsys.readouterr().out
+    assert "lengthened from 12 to 14 meta-steps: from here on the rate follows the cosine" in said
+    assert lines(ended_run)["step"].tolist() == list(range(1, 15))
+    assert RunFolder(ended_run).config().meta_steps == 14
+    assert json.loads((ended_run / "report.json").read_text())["meta_steps"] == 14
+
+
+def test_a_folder_moved_while_its_run_goes_on(uninterrupted, tmp_path):
+    path, moved = tmp_path / "here", tmp_path / "there"
+    process = start(path)
+    wait_for_lines(path, process, 3)
+    process.send_signal(signal.SIGSTOP)
+    path.rename(moved)
+    process.send_signal(signal.SIGCONT)
+    assert "moved or replaced while the run was going on" in ended(process, 1)
+    assert not path.exists()
+    ended(start(moved, "--resume"))
+    assert_same_run(uninterrupted, moved)
+
+
+CONVERT = """
+import sys
+from memmeta.data import load_host
+load_host("folder", "train", sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_conversion_killed_at_twenty_moments(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
+    rng, noise = random.Random(2), np.random.default_rng(0)
+    for number in range(60):
+        folder = tmp_path / "killed" / f"class {number}"
+        folder.mkdir(parents=True)
+        for example in range(20):
+            pixels = noise.integers(0, 256, (200, 200, 3), np.uint8)
+            image.fromarray(pixels).save(folder / f"{example}.png")
+    shutil.copytree(tmp_path / "killed", tmp_path / "whole")
+    journal = tmp_path / "killed" / ".memmeta" / "folder" / "finished.jsonl"
+
+    def size():
+        return journal.stat().st_size if journal.exists() else 0
+
+    kills = 0
+    for _ in range(20):
+        before = size()
+        process = subprocess.Popen([sys.executable, "-c", CONVERT, str(tmp_path / "killed")])
+        while process.poll() is None and size() == before:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.02)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 20
+    for split in ("train", "validation", "test"):
+        killed, whole = (
+            mm.data.load_host("folder", split, tmp_path / name) for name in ("killed", "whole")
+        )
+        np.testing.assert_array_equal(killed.rows, whole.rows)
+        assert killed.index.class_names == whole.index.class_names
+
+
+def test_a_full_disk_during_a_conversion(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
+    for number in range(30):
+        (tmp_path / f"class {number}").mkdir()
+        image.new("RGB", (84, 84), (number, 0, 0)).save(tmp_path / f"class {number}" / "1.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(mm.data.DataError, match="cannot be written"):
+            mm.data.load("folder", "train", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(mm.data.load("folder", "train", tmp_path).class_names) == 19

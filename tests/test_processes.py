@@ -1,16 +1,21 @@
 """Two real processes on one machine against one."""
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import QUICK, TINY, final_state, lines, start_with, wait_for_lines
+from test_faults import QUICK, TINY, final_state, line_count, lines, start_with, wait_for_lines
 
 from memmeta.__main__ import main
 from memmeta.runs import _processes as processes
 from memmeta.runs import checkpoints
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def assert_close(first, second):
@@ -66,6 +71,43 @@ def test_a_signal_to_two_processes(tmp_path):
     errors = process.communicate()[1]
     assert process.returncode == 75, errors
     assert checkpoints.whole(path / "checkpoints")[0] == lines(path)["step"].max()
+
+
+def listening(pids):
+    """The addresses that processes listen on, as /proc has them."""
+    sockets = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(file).removeprefix("socket:[").removesuffix("]"))
+    rows = [
+        row.split()
+        for name in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
+
+
+@pytest.mark.slow
+def test_a_launcher_killed_three_times_leaves_no_process_behind(tmp_path):
+    """Its processes listen to this machine alone, save their state, and the run goes on."""
+    path = tmp_path / "killed"
+    options = [*TINY, *QUICK, "--meta-steps=3000"]
+    for number in range(3):
+        done = line_count(path)
+        process = start_with(path, *(["--resume"] if number else options), "--processes=2")
+        wait_for_lines(path, process, done + 3)
+        children = children_of(process.pid)
+        assert listening(children) <= LOOPBACK
+        process.kill()
+        process.communicate()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert checkpoints.whole(path / "checkpoints")[0] == lines(path)["step"].max()
+    found = lines(path)["step"].tolist()
+    assert found == list(range(1, len(found) + 1))
 
 
 def children_of(pid):

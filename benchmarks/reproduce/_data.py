@@ -36,8 +36,6 @@ def sampler(dataset: HostDataset) -> HostEpisodes:
 
     Of emoji each concept has a few designs: support and query are of different ones.
     """
-    episodes = HostEpisodes(
-        Episodes(WAYS, SHOTS, QUERIES, cross_family=dataset.name == "emoji")
-    )
+    episodes = HostEpisodes(Episodes(WAYS, SHOTS, QUERIES, cross_family=dataset.name == "emoji"))
     episodes.check(dataset)
     return episodes

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
+from memmeta.algorithms import Learner
 
 import memmeta as mm
-from memmeta.algorithms import Learner
 from memmeta.models import Network
 
 WAYS, SHOTS, QUERIES, TASKS = 5, 5, 5, 32
@@ -57,7 +57,15 @@ SETTINGS = (
         "cifar_fs", 32, 64, 2000, 1e-4, 0.1, 10, True, {"maml": f"71.5 ± 1.0 ({LEE}, Table 2)"}
     ),
     Setting(
-        "fc100", 32, 64, 1000, 1e-4, 0.1, 10, True, {"maml": "49.34 ± 0.97 (ICLR 2021 RKHS, Table 2)"}
+        "fc100",
+        32,
+        64,
+        1000,
+        1e-4,
+        0.1,
+        10,
+        True,
+        {"maml": "49.34 ± 0.97 (ICLR 2021 RKHS, Table 2)"},
     ),
     Setting(
         "mini_imagenet",
@@ -71,7 +79,15 @@ SETTINGS = (
         {"maml": f"63.11 ± 0.92 ({LEE}, Table 1)", "anil": "61.5 ± 0.4 (Raghu et al., ICLR 2020)"},
     ),
     Setting(
-        "tiered_imagenet", 84, 32, 4000, 1e-3, 0.05, 5, True, {"maml": f"70.30 ± 1.75 ({LEE}, Table 1)"}
+        "tiered_imagenet",
+        84,
+        32,
+        4000,
+        1e-3,
+        0.05,
+        5,
+        True,
+        {"maml": f"70.30 ± 1.75 ({LEE}, Table 1)"},
     ),
 )
 STAND_INS = (

@@ -5,6 +5,7 @@ from memmeta.data._curves import Points
 from memmeta.data._dataset import DataError, Dataset
 from memmeta.data._episodes import Episodes
 from memmeta.data._host import HostDataset, HostEpisodes
+from memmeta.data._reading import Limits, Reading
 from memmeta.data._registry import SOURCES, Sampler, Split, load, load_host, sampler
 from memmeta.data._warp import Warp
 
@@ -16,7 +17,9 @@ __all__ = [
     "Episodes",
     "HostDataset",
     "HostEpisodes",
+    "Limits",
     "Points",
+    "Reading",
     "Sampler",
     "Split",
     "Warp",

@@ -5,12 +5,13 @@ import io
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from memmeta.data._dataset import DataError
+from memmeta.data._files import DEEPEST, read_bytes
+from memmeta.data._reading import Limits
 
 ARCHIVES = Path(__file__).parent / "archives"
 REMEDY = "reinstall memmeta to get it back"
@@ -53,11 +54,11 @@ def read_archive(name: str, folder: Path | None = None) -> dict[str, np.ndarray]
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy has no error of its own
         raise DataError(f"{name}: {path} is no archive of plain arrays ({error})") from error
 
 
-def unpack(path: Path, target: Path) -> None:
+def unpack(path: Path, target: Path, limits: Limits) -> None:
     """Unpack an archive of the user's into a new folder: all of it or nothing.
 
     Args:
@@ -65,39 +66,88 @@ def unpack(path: Path, target: Path) -> None:
             agree.
         target: the folder to make; an archive that holds nothing but a folder of this name is
             unpacked without it.
+        limits: what it may unpack to.
 
     Raises:
-        DataError: the checksum does not agree, the archive is damaged, or a member would land
-            outside the folder.
+        DataError: the checksum does not agree, the archive is damaged, encrypted or beyond the
+            limits, or a member would land outside the folder.
     """
-    beside = path.with_name(f"{path.name}.sha256")
-    if beside.is_file():
-        expected = beside.read_text(encoding="ascii").split()[0]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
-            raise DataError(
-                f"{path} is truncated or altered: its SHA-256 is {found[:12]}..., {beside.name} "
-                f"says {expected[:12]}...: get it again"
-            )
+    _check_sum(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         inside = Path(temporary) / "all"
         inside.mkdir()
         try:
             if zipfile.is_zipfile(path):
-                _unzip(path, inside)
+                _unzip(path, inside, limits)
             else:
-                with tarfile.open(path) as archive:
-                    archive.extractall(inside, filter="data")
-        except (tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} cannot be unpacked ({error}): get it again") from error
+                _untar(path, inside, limits)
+        except DataError:
+            raise
+        except Exception as error:  # the readers of archives have no error of their own
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path} cannot be unpacked ({said}): get it again") from error
         only = inside / target.name
-        (only if list(inside.iterdir()) == [only] else inside).rename(target)
+        try:
+            (only if list(inside.iterdir()) == [only] else inside).rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was quicker
+                raise
 
 
-def _unzip(path: Path, inside: Path) -> None:
+def _check_sum(path: Path) -> None:
+    beside = path.with_name(f"{path.name}.sha256")
+    if not beside.is_file():
+        return
+    words = read_bytes(beside, 4096).decode("ascii", "replace").split()
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if words[:1] != [found]:
+        said = f"{words[0][:12]}..." if words else "nothing"
+        raise DataError(
+            f"{path} is truncated or altered: its SHA-256 is {found[:12]}..., {beside.name} "
+            f"says {said}: get it again"
+        )
+
+
+class _Count:
+    """Counts what comes out of an archive, and refuses what is beyond the limits."""
+
+    def __init__(self, path: Path, limits: Limits) -> None:
+        self.path, self.members, self.bytes = path, 0, 0
+        self.most_members = limits.most_members
+        self.most_bytes = limits.unpacked(path.stat().st_size)
+
+    def add(self, name: str, size: int) -> None:
+        """Count one member before it is unpacked."""
+        self.members, self.bytes = self.members + 1, self.bytes + size
+        if self.bytes > self.most_bytes:
+            raise DataError(
+                f"{self.path}: unpacks to more than {self.most_bytes} bytes; if that is right, "
+                "allow it by most_unpacked"
+            )
+        if self.members > self.most_members:
+            raise DataError(
+                f"{self.path}: holds more than {self.most_members} files; if that is right, allow "
+                "it by most_members"
+            )
+        if len(PurePosixPath(name).parts) > DEEPEST:
+            raise DataError(f"{self.path}: holds {DEEPEST} folders inside one another")
+
+
+def _unzip(path: Path, inside: Path, limits: Limits) -> None:
+    count = _Count(path, limits)
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if not (inside / name).resolve().is_relative_to(inside.resolve()):
+        for member in archive.infolist():
+            if not (inside / member.filename).resolve().is_relative_to(inside.resolve()):
+                name = member.filename
                 raise DataError(f"{path}: its member {name} would land outside the folder")
-        archive.extractall(inside)
+            count.add(member.filename, member.file_size)
+            archive.extract(member, inside)
+
+
+def _untar(path: Path, inside: Path, limits: Limits) -> None:
+    count = _Count(path, limits)
+    with tarfile.open(path) as archive:
+        for member in archive:
+            count.add(member.name, member.size)
+            archive.extract(member, inside, filter="data")

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, PRNGKeyArray
 
-from memmeta.data._dataset import DataError, Dataset
+from memmeta.data._dataset import DataError, Dataset, say_once
 from memmeta.data._numbered import sample_numbered
 from memmeta.problem import Task
 
 PADDING = -1  # the target of what is no example
+NAMED = 10  # classes that a message names
 KEYS = 8  # an episode's independent draws
 
 
@@ -40,6 +41,9 @@ class Episodes:
             such as two font families; which is which is drawn for each episode.
         augmentation: (key, images) -> images, for the support and for the query;
             `memmeta.data.Augmentation` is one. It must be hashable.
+        uneven: take the classes that have too few examples too, instead of leaving them out: the
+            support gets `shots` of them as long as one is left for the query, the query what is
+            left; what a class lacks is padding.
 
     Raises:
         ValueError: `ways`, `shots` or `queries` is not a positive integer or a range of them.
@@ -67,6 +71,7 @@ class Episodes:
     within_group: bool | None = None
     cross_family: bool = False
     augmentation: Callable[[PRNGKeyArray, Array], Array] | None = None
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ways", "shots", "queries"):
@@ -113,7 +118,7 @@ class Episodes:
         Arguments and errors as for `sample`.
         """
         if not isinstance(dataset.count, jax.core.Tracer):
-            self.check(dataset)
+            self._usable_classes(dataset)
         self._check_sizes(*dataset.inputs.shape[:2])
         support, query = self._candidates(dataset)
         usable, sizes = self._usable(dataset, support, query)
@@ -127,7 +132,11 @@ class Episodes:
 
         rows = classes[:, None]
         support_examples, in_support = _draw(keys[3], support[pair, classes], self.most_shots)
-        taken = jax.nn.one_hot(support_examples, support.shape[-1], dtype=bool).any(axis=1)
+        if self.uneven:  # one example at least is left for the query
+            present = (support | query)[pair, classes].sum(axis=-1)
+            in_support &= jnp.arange(self.most_shots) < present[:, None] - 1
+        taken = jax.nn.one_hot(support_examples, support.shape[-1], dtype=bool)
+        taken = (taken & in_support[..., None]).any(axis=1)
         query_examples, in_query = _draw(keys[4], query[pair, classes] & ~taken, self.queries)
 
         inputs = jnp.asarray(dataset.inputs)
@@ -189,12 +198,29 @@ class Episodes:
     def check(self, dataset: Dataset) -> None:
         """Check, outside compiled code, that such episodes can be drawn from the data.
 
+        Classes with too few examples, which the episodes leave out, are logged by name.
+
         Args:
             dataset: the classes to draw from.
 
         Raises:
             DataError: they cannot; the message names the largest figure that the data allow.
         """
+        usable = self._usable_classes(dataset)
+        count = np.asarray(dataset.count)
+        left_out = np.flatnonzero(~usable & (count > 0))
+        if not len(left_out):
+            return
+        names = [f"{dataset.class_names[row]} ({count[row]})" for row in left_out[:NAMED]]
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        say_once(
+            f"{dataset.name}/{dataset.split}: {len(left_out)} of {(count > 0).sum()} classes have "
+            f"too few examples for shots={self.shots} and queries={self.queries} and are left out: "
+            f"{', '.join(names)}{more}; uneven takes them with those they have"
+        )
+
+    def _usable_classes(self, dataset: Dataset) -> Bool[np.ndarray, " classes"]:
+        """The classes with enough examples; raises where they are too few, as `check` does."""
         where = f"{dataset.name}/{dataset.split}"
         if self.cross_family and len(dataset.family_names) < 2:
             raise DataError(f"cross_family=True, but {where} has only one family of examples")
@@ -211,10 +237,13 @@ class Episodes:
                 f"ways={self.ways} is too many for {where}: {owner} has {most} classes with enough "
                 f"examples for shots={self.shots} and queries={self.queries}; use ways <= {most}"
             )
+        return np.asarray((sizes > 0).any(axis=0))
 
     def _check_sizes(self, classes: int, examples: int) -> None:
         """What the shape of the data alone forbids."""
         limits = {"ways": classes, "shots": examples, "queries": examples}
+        if self.uneven:
+            limits = {"ways": classes}
         for name, most in limits.items():
             if _ends(getattr(self, name))[1] > most:
                 found = getattr(self, name)
@@ -260,10 +289,11 @@ class Episodes:
         query: Bool[Array, "pairs classes examples"],
     ) -> tuple[Bool[Array, "pairs classes"], Int32[Array, "pairs classes"]]:
         """Which classes have enough examples for both sides, and how many such its group has."""
+        shots, queries = (1, 1) if self.uneven else (self.most_shots, self.queries)
         usable = (
-            (support.sum(axis=-1) >= self.most_shots)
-            & (query.sum(axis=-1) >= self.queries)
-            & ((support | query).sum(axis=-1) >= self.most_shots + self.queries)
+            (support.sum(axis=-1) >= shots)
+            & (query.sum(axis=-1) >= queries)
+            & ((support | query).sum(axis=-1) >= shots + queries)
         )
         group = self._group(dataset)
         counts = usable.T.astype(jnp.int32)
@@ -308,5 +338,7 @@ def _draw(
     that a key means the same episode in both.
     """
     scores = jax.random.uniform(key, allowed.shape, jnp.float32)
-    scores, choices = jax.lax.top_k(jnp.where(allowed, scores, -1.0), number)
-    return choices, scores >= 0
+    there = min(number, allowed.shape[-1])
+    scores, choices = jax.lax.top_k(jnp.where(allowed, scores, -1.0), there)
+    lacking = [(0, 0)] * (choices.ndim - 1) + [(0, number - there)]
+    return jnp.pad(choices, lacking), jnp.pad(scores >= 0, lacking)

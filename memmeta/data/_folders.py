@@ -4,28 +4,41 @@ Their licences do not allow them to be passed on, so the user brings the files.
 """
 
 import csv
+import hashlib
 import unicodedata
 from collections.abc import Iterable
 from functools import partial
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from memmeta.data._archive import unpack
-from memmeta.data._cache import ensure_cache, open_cache
+from memmeta.data._cache import MANIFEST, ensure_cache, open_cache
+from memmeta.data._class_folders import classes_in, folders_in, has_images, inside
 from memmeta.data._class_splits import ClassSplit, drawn_split, label_of, published_split
-from memmeta.data._dataset import DataError
+from memmeta.data._dataset import DataError, say_once
+from memmeta.data._files import read_bytes
 from memmeta.data._host import HostDataset
-from memmeta.data._images import SUFFIXES, read_image
+from memmeta.data._images import check_colour, is_grey, read_image
 from memmeta.data._plan import ClassItems, Plan
+from memmeta.data._reading import Reading
+from memmeta.data._split_names import (
+    NAMES,
+    completed,
+    find_splits,
+    looks_like_split,
+    refuse_others,
+    refuse_unclear,
+)
 
-SIZE = 84
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 PUBLISHED = ("mini_imagenet", "tiered_imagenet")
 
 
-def load_folder(name: str, split: str, data_dir: Path | None) -> HostDataset:
-    """One split of a data set of image files, 84 x 84 RGB, converted on first use.
+def load_folder(
+    name: str, split: str, data_dir: Path | None, reading: Reading = Reading()
+) -> HostDataset:
+    """One split of a data set of image files, converted on first use and whenever they changed.
 
     `mini_imagenet` and `tiered_imagenet` are looked for in `data_dir/<name>`, or in an archive of
     that name (.zip, .tar, .tar.gz, .tgz), which is unpacked. They hold a folder for each class,
@@ -36,13 +49,18 @@ def load_folder(name: str, split: str, data_dir: Path | None) -> HostDataset:
     `categories.csv`, with the columns label and category, gives groups of one's own; without
     either a class's group is the folder above it.
 
-    `folder` is `data_dir` itself: split folders as above, or class folders only, whose split is
-    drawn: 64, 16 and 20 % of the classes. `folder:SEED` draws another.
+    `folder` is `data_dir` itself: split folders or lists as above, or class folders only, whose
+    split is drawn: 64, 16 and 20 % of the classes. `folder:SEED` draws another. Names of splits
+    are matched without case; where validation or test is missing, a fifth of the classes of train
+    is drawn for it. What looks like a split and is none is refused.
+
+    Images are RGB, or have one channel where the images of `folder` all do.
 
     Args:
         name: "mini_imagenet", "tiered_imagenet", "folder" or "folder:SEED".
         split: "train", "validation" or "test".
         data_dir: the folder, see above; the cache is made in its sub-folder `.memmeta`.
+        reading: how images are read.
 
     Returns:
         The split, memory-mapped.
@@ -56,58 +74,102 @@ def load_folder(name: str, split: str, data_dir: Path | None) -> HostDataset:
         raise DataError(f"{name}: data_dir is not given: name the folder {where}")
     if not data_dir.is_dir():
         raise DataError(f"{name}: data_dir={data_dir} is no folder")
-    if seed and not seed.isdecimal():
+    if seed and not (seed.isascii() and seed.isdecimal() and len(seed) < 10):
         raise DataError(f"{name}: expected folder:SEED with a whole number, such as folder:1")
-    cache = data_dir / ".memmeta" / name.replace(":", "-")
-    ensure_cache(cache, lambda: make_plan(name, kind, int(seed or 0), data_dir))
-    return open_cache(cache, split)
+    cache = data_dir / ".memmeta" / f"{name.replace(':', '-')}{reading.name}"
+    try:
+        root = data_dir if kind == "folder" else _root(name, data_dir, reading)
+        splits = find_classes(kind, int(seed or 0), root)
+    except (DataError, OSError) as error:
+        if not (cache / MANIFEST).is_file():
+            raise DataError(str(error)) from error
+        say_once(f"{cache} is used, though its images cannot be found as they were: {error}")
+        return open_cache(cache, split, reading.progress)
+    ensure_cache(cache, partial(make_plan, name, root, splits, reading), reading.progress, splits)
+    return open_cache(cache, split, reading.progress)
 
 
-def make_plan(name: str, kind: str, seed: int, data_dir: Path) -> Plan:
-    """Find the classes and image files of each split.
+def find_classes(kind: str, seed: int, root: Path) -> dict[str, list[ClassItems]]:
+    """Find the classes and image files of each split; no image is opened.
+
+    Args:
+        kind: the data set's name without a seed.
+        seed: of the split, where one is drawn.
+        root: the folder of the data set.
+
+    Returns:
+        The classes of each split.
+
+    Raises:
+        DataError: as `load_folder`.
+    """
+    given = _split_folders(root) or _split_lists(root)
+    if kind in PUBLISHED:
+        published = published_split(kind)
+        if given:
+            splits = published.check({split: given.get(split, []) for split in NAMES})
+        else:
+            splits = published.divide(_listed_by(published, root))
+    elif given:
+        splits = completed(root, given, seed)
+    else:
+        classes = classes_in(root, root)
+        refuse_unclear(root, classes)
+        counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
+        splits = drawn_split(classes, seed, *counts)
+    return _stamped(root, _with_categories(root / "categories.csv", splits))
+
+
+def _stamped(root: Path, splits: dict[str, list[ClassItems]]) -> dict[str, list[ClassItems]]:
+    """Each class with what changes when one of its files does."""
+
+    def stamp(item: ClassItems) -> str:
+        digest = hashlib.sha256()
+        for name in item.items:
+            found = (root / name).stat()
+            digest.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+        return digest.hexdigest()
+
+    return {
+        split: [item._replace(stamp=stamp(item)) for item in classes]
+        for split, classes in splits.items()
+    }
+
+
+def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], reading: Reading) -> Plan:
+    """What to convert; the headers of images are read to see how many channels they have.
 
     Args:
         name: the data set's name.
-        kind: the name without a seed.
-        seed: of the split, where one is drawn.
-        data_dir: as for `load_folder`.
+        root: its folder.
+        splits: from `find_classes`.
+        reading: how images are read.
 
     Returns:
         The plan of the conversion.
 
     Raises:
-        DataError: as `load_folder`.
+        DataError: an image cannot be used.
     """
-    root = data_dir if kind == "folder" else _root(name, data_dir)
-    given = _split_folders(root) or _split_lists(root)
-    if kind in PUBLISHED:
-        published = published_split(kind)
-        splits = published.check(given) if given else published.divide(_listed_by(published, root))
-    elif given:
-        splits = given
-    else:
-        classes = _classes(root, root)
-        counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
-        splits = drawn_split(classes, seed, *counts)
-    splits = _with_categories(root / "categories.csv", splits)
-    return Plan(name, (SIZE, SIZE, 3), splits, partial(_read, root))
+    check_colour(reading.background)
+    items = chain.from_iterable(item.items for found in splits.values() for item in found)
+    grey = name not in PUBLISHED and all(is_grey(root / item, reading) for item in items)
+    channels = 1 if grey else 3
+    shape = (reading.size, reading.size, channels)
+    return Plan(name, shape, splits, lambda item: read_image(root / item, reading, channels))
 
 
 def _listed_by(published: ClassSplit, root: Path) -> list[ClassItems]:
     """The class folders that a published list names; ImageNet's own folder holds others too."""
-    return [item for item in _classes(root, root) if label_of(item) in published.labels]
+    return [item for item in classes_in(root, root) if label_of(item) in published.labels]
 
 
-def _read(root: Path, item: str) -> np.ndarray:
-    return read_image(root / item, SIZE)
-
-
-def _root(name: str, data_dir: Path) -> Path:
+def _root(name: str, data_dir: Path, reading: Reading) -> Path:
     root = data_dir / name
     if not root.exists():
         for suffix in ARCHIVES:
             if (archive := data_dir / f"{name}{suffix}").is_file():
-                unpack(archive, root)
+                unpack(archive, root, reading.limits)
                 break
         else:
             raise DataError(
@@ -117,70 +179,22 @@ def _root(name: str, data_dir: Path) -> Path:
     return root
 
 
-def _find(root: Path, suffix: str) -> dict[str, Path] | None:
-    """The folder (or file with that suffix) of each split, if all three are there."""
-    names = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
-    found = {}
-    for split, choices in names.items():
-        paths = [path for choice in choices if (path := root / f"{choice}{suffix}").exists()]
-        if not paths:
-            return None
-        found[split] = paths[0]
-    return found
+def _split_folders(root: Path) -> dict[str, list[ClassItems]]:
+    found = find_splits(root)
+    if len(found) == 1 and not any(map(folders_in, found.values())):
+        return {}  # images right inside: a class of that name
+    if found:
+        beside = [path for path in folders_in(root) if path not in found.values()]
+        refuse_others(root, (path for path in beside if has_images(root, path)))
+    return {split: classes_in(root, folder) for split, folder in found.items()}
 
 
-def _split_folders(root: Path) -> dict[str, list[ClassItems]] | None:
-    found = _find(root, "")
-    return (
-        None
-        if found is None
-        else {split: _classes(root, folder) for split, folder in found.items()}
-    )
-
-
-def _classes(root: Path, folder: Path) -> list[ClassItems]:
-    """Every folder below `folder` that has images in it is a class."""
-    classes = []
-    for path in [folder, *_folders(root, folder)]:
-        entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
-        files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
-        inside = [_inside(root, entry) for entry in files if entry.is_file()]
-        if inside and path == folder:
-            raise DataError(f"{inside[0]} of {root} is in no class folder: move or remove it")
-        if inside or not (path == folder or any(entry.is_dir() for entry in entries)):
-            relative = path.relative_to(folder)
-            group = "" if relative.parent == Path(".") else _name(relative.parent)
-            classes.append(ClassItems(_name(relative), group, inside))
-    return classes
-
-
-def _folders(root: Path, folder: Path) -> list[Path]:
-    """The folders below `folder`, each after the one it is in."""
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or not entry.is_dir():
-            continue
-        if entry.is_symlink():
-            raise DataError(f"{entry} is a link to a folder, which is not followed: remove it")
-        found += [entry, *_folders(root, entry)]
-    return found
-
-
-def _inside(root: Path, path: Path) -> str:
-    """The path below the root, once it is sure that the file really lies there."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{path} leads out of {root}: replace it by the file itself")
-    return path.relative_to(root).as_posix()
-
-
-def _name(path: Path) -> str:
-    # the same letters in composed and decomposed form are the same name
-    return unicodedata.normalize("NFC", path.as_posix())
-
-
-def _split_lists(root: Path) -> dict[str, list[ClassItems]] | None:
-    found = _find(root, ".csv")
-    return None if found is None else {split: _listed(root, path) for split, path in found.items()}
+def _split_lists(root: Path) -> dict[str, list[ClassItems]]:
+    found = find_splits(root, ".csv")
+    lists = [path for path in sorted(root.iterdir()) if path.suffix.lower() == ".csv"]
+    others = [path for path in lists if path not in found.values()]
+    refuse_others(root, (path for path in others if looks_like_split(path.stem)))
+    return {split: _listed(root, path) for split, path in found.items()}
 
 
 def _listed(root: Path, path: Path) -> list[ClassItems]:
@@ -191,7 +205,7 @@ def _listed(root: Path, path: Path) -> list[ClassItems]:
         file = next((folder / name for folder in choices if (folder / name).is_file()), None)
         if file is None:
             raise DataError(f"{path}: {name} is not in {root} or its sub-folder images: add it")
-        item = _inside(root, file)
+        item = inside(root, file)
         listed = items.setdefault(unicodedata.normalize("NFC", label), [])
         if item in listed:
             raise DataError(f"{path}: {name} is listed twice: remove one line")
@@ -201,13 +215,16 @@ def _listed(root: Path, path: Path) -> list[ClassItems]:
 
 def _table(path: Path, columns: tuple[str, str]) -> Iterable[tuple[str, str]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [(row[columns[0]], row[columns[1]]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        text = StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        rows = [tuple(row[column] for column in columns) for row in csv.DictReader(text)]
+        if not all(isinstance(cell, str) and cell and "\0" not in cell for r in rows for cell in r):
+            raise ValueError("a cell is empty")
+    except Exception as error:  # the csv module has several kinds of errors, and stops at others'
         expected = " and ".join(columns)
         raise DataError(
             f"{path}: no CSV file with columns {expected} in UTF-8 ({error!r})"
         ) from error
+    return [(first, second) for first, second in rows]
 
 
 def _with_categories(

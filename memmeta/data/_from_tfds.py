@@ -5,7 +5,6 @@ download and preparation of the files needs TensorFlow, in a process of its own.
 """
 
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from memmeta.data._cache import ensure_cache, open_cache
+from memmeta.data._cache import MANIFEST, ensure_cache, open_cache
 from memmeta.data._class_splits import drawn_split, published_split
 from memmeta.data._dataset import DataError
+from memmeta.data._files import user_cache
 from memmeta.data._host import HostDataset, with_rotations
-from memmeta.data._images import resized
+from memmeta.data._images import decoded, resized
 from memmeta.data._plan import ClassItems, Plan
+from memmeta.data._reading import Reading
 
 READ_PIP = "pip install 'memmeta[tfds]'"
 PREPARE_PIP = "pip install 'memmeta[tfds-prepare]'"
@@ -41,11 +42,13 @@ class Source:
         examples: of each of its own splits, by number.
         labels: of each of its own splits, for each key: the label of every example.
         label_names: for each key.
+        channels: of its images.
     """
 
     examples: dict[str, Any]
     labels: dict[str, dict[str, np.ndarray]]
     label_names: dict[str, list[str]]
+    channels: int = 3
 
     def classes(self, group: str | None, splits: Iterable[str]) -> list[ClassItems]:
         """The classes found in some of its own splits, with the (split, number) of each example."""
@@ -62,7 +65,9 @@ class Source:
         return [ClassItems(names[k], groups.get(k, ""), tuple(found[k])) for k in sorted(found)]
 
 
-def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
+def load_tfds(
+    name: str, split: str, data_dir: Path | None, reading: Reading = Reading()
+) -> HostDataset:
     """One split of a data set by tensorflow-datasets, downloaded and converted on first use.
 
     `omniglot`: 1100, 100 and 423 characters drawn at random over all alphabets, as MAML papers do,
@@ -76,6 +81,7 @@ def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
         name: the data set's name.
         split: "train", "validation" or "test".
         data_dir: the folder of tensorflow-datasets; None: its own default.
+        reading: only what is told how far the conversion is.
 
     Returns:
         The split, memory-mapped.
@@ -84,16 +90,20 @@ def load_tfds(name: str, split: str, data_dir: Path | None) -> HostDataset:
         DataError: an extra is not installed (the message has the pip line), the download failed,
             or the builder is not one of images and labels.
     """
-    cache = _caches(data_dir) / name.replace(":", "-").replace("/", "-")
-    ensure_cache(cache, lambda: make_plan(name, data_dir))
-    dataset = open_cache(cache, split)
+    cache = _cache_of(name, data_dir)
+    ensure_cache(cache, lambda: make_plan(name, data_dir), reading.progress)
+    dataset = open_cache(cache, split, reading.progress)
     return with_rotations(dataset) if name == "omniglot" else dataset
 
 
-def _caches(data_dir: Path | None) -> Path:
-    if data_dir is not None:
-        return data_dir / ".memmeta"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "memmeta" / "data"
+def _cache_of(name: str, data_dir: Path | None) -> Path:
+    caches = user_cache() / "data" if data_dir is None else data_dir / ".memmeta"
+    return caches / name.replace(":", "-").replace("/", "-")
+
+
+def is_converted(name: str) -> bool:
+    """Whether a data set is in this person's own cache already."""
+    return (_cache_of(name, None) / MANIFEST).is_file()
 
 
 def make_plan(name: str, data_dir: Path | None) -> Plan:
@@ -159,7 +169,10 @@ def _any(name: str, data_dir: Path | None) -> Plan:
 
 def _image(source: Source, item: tuple[str, int]) -> np.ndarray:
     split, number = item
-    return np.asarray(source.examples[split][number]["image"])
+    found = source.examples[split][number]["image"]
+    if not isinstance(found, bytes):
+        return np.asarray(found)
+    return decoded(found, source.channels, f"{split}, example {number}")
 
 
 def read_source(
@@ -187,10 +200,10 @@ def read_source(
             builder = tfds.builder(builder_name, data_dir=where)
         features = builder.info.features
         _check_features(tfds, builder_name, features, keys)
-        examples = dict(builder.as_data_source())
+        # images are decoded here, where only some formats are tried
         skip = {"image": tfds.decode.SkipDecoding()}
-        labels = {}
-        for split, undecoded in builder.as_data_source(decoders=skip).items():
+        examples, labels = dict(builder.as_data_source(decoders=skip)), {}
+        for split, undecoded in examples.items():
             found = [[example[key] for key in keys] for example in undecoded]
             columns = np.array(found, np.int64).reshape(-1, len(keys)).T
             labels[split] = dict(zip(keys, columns, strict=True))
@@ -200,7 +213,8 @@ def read_source(
             "set of tensorflow-datasets, prepared in the format array_record"
         ) from error
     names = {key: list(features[key].names) for key in keys}
-    return Source(examples, labels, names), tuple(features["image"].shape)
+    shape = tuple(features["image"].shape)
+    return Source(examples, labels, names, shape[-1]), shape
 
 
 def _check_features(tfds: Any, builder_name: str, features: Any, keys: Sequence[str]) -> None:

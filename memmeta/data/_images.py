@@ -1,5 +1,8 @@
 """Image files as arrays of one shape; the only module that needs Pillow."""
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +10,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from memmeta.data._dataset import DataError
+from memmeta.data._reading import Reading
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-EIGHT_BITS = ("1", "CMYK", "HSV", "L", "LA", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr")
+# whatever the suffix says; none of them starts another program, as EPS does
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+GREY = ("1", "L", "LA", "La")
+COLOURED = ("CMYK", "HSV", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
 PIP = "pip install 'memmeta[images]'"
 
 
@@ -21,50 +28,139 @@ def _pillow() -> Any:
     return Image
 
 
-def read_image(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Read an image file, in RGB and resized to `size` x `size` pixels (Lanczos; not cropped).
+def check_colour(colour: str) -> None:
+    """Refuse what is no colour.
+
+    Raises:
+        DataError: it is none that Pillow knows.
+    """
+    _pillow()
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise DataError(f"background: expected a colour such as white, found {colour!r}") from error
+
+
+def is_grey(path: Path, reading: Reading) -> bool:
+    """Whether an image file has one channel beside transparency; only its header is read.
+
+    Raises:
+        DataError: as `read_image`, as far as the header tells.
+    """
+    image_module = _pillow()
+    try:
+        with _opened(image_module, path, reading) as image:
+            return image.mode in GREY
+    except Exception as error:
+        raise _unusable(path, error) from error
+
+
+def read_image(path: Path, reading: Reading, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """Read an image file: upright, on its background, resized and cropped.
 
     Args:
         path: the file.
-        size: pixels a side.
+        reading: what size, fit and background.
+        channels: 3 for RGB, 1 for grey.
 
     Returns:
-        The image.
+        The image, `[size, size, channels]`.
 
     Raises:
         DataError: Pillow is missing, or the file is no whole image of 8 bits a channel.
     """
     image_module = _pillow()
-    failures = (OSError, ValueError, SyntaxError, image_module.DecompressionBombError)
     try:
-        with image_module.open(path) as image:
-            if image.mode not in EIGHT_BITS:
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            return resized(np.asarray(image.convert("RGB")), size)
-    except failures as error:
-        raise DataError(
-            f"{path}: not a whole image that can be used ({error}); replace or remove it and run "
-            "again (what was converted is kept)"
-        ) from error
+        with _opened(image_module, path, reading) as image:
+            plain = _on_background(image_module, _upright(image), reading.background)
+            plain = plain.convert("L" if channels == 1 else "RGB")
+            pixels = np.asarray(plain)
+    except Exception as error:  # Pillow's readers have no error of their own
+        raise _unusable(path, error) from error
+    return resized(pixels.reshape(*pixels.shape[:2], channels), reading.size, reading.fit)
+
+
+def decoded(content: bytes, channels: int, where: str) -> UInt8[np.ndarray, "h w c"]:
+    """The image that stands in some bytes, as it is.
+
+    Args:
+        content: of an image file.
+        channels: 1 for grey, 3 for RGB, 4 for RGB and transparency.
+        where: what the error calls it.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    image_module = _pillow()
+    try:
+        with _opened(image_module, io.BytesIO(content), Reading()) as image:
+            pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    except Exception as error:
+        raise _unusable(where, error) from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+@contextmanager
+def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Iterator[Any]:
+    with image_module.open(file, formats=FORMATS) as image:
+        if image.width * image.height > reading.limits.most_pixels:
+            raise ValueError(
+                f"{image.width} x {image.height} pixels, more than most_pixels="
+                f"{reading.limits.most_pixels}"
+            )
+        if image.mode not in GREY + COLOURED:
+            raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+        yield image
+
+
+def _unusable(path: Path | str, error: Exception) -> DataError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"{path}: not a whole image that can be used ({said}); replace or remove it and run again "
+        "(what was converted is kept)"
+    )
+
+
+def _upright(image: Any) -> Any:
+    """The image as its EXIF says it was held."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _on_background(image_module: Any, image: Any, background: str) -> Any:
+    if not image.has_transparency_data:
+        return image
+    over = image.convert("RGBA")
+    below = image_module.new("RGBA", over.size, background)
+    return image_module.alpha_composite(below, over)
 
 
 def resized(
-    image: UInt8[np.ndarray, "height width channels"], size: int
+    image: UInt8[np.ndarray, "height width channels"], size: int, fit: str = "crop"
 ) -> UInt8[np.ndarray, "size size channels"]:
-    """Resize an image to `size` x `size` pixels (Lanczos; not cropped).
+    """Make an image `size` x `size` pixels (Lanczos).
 
     Args:
         image: of one channel (grey) or three.
         size: pixels a side.
+        fit: see `Reading`.
 
     Returns:
         The image; the very same pixels where it has that size.
     """
-    if image.shape[:2] == (size, size):
+    height, width, channels = image.shape
+    if (height, width) == (size, size):
         return image
     image_module = _pillow()
-    grey = image.shape[-1] == 1
-    small = image_module.fromarray(image[..., 0] if grey else image).resize(
-        (size, size), image_module.Resampling.LANCZOS
+    box = None
+    if fit == "crop":
+        short = min(height, width)
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+    small = image_module.fromarray(image[..., 0] if channels == 1 else image).resize(
+        (size, size), image_module.Resampling.LANCZOS, box=box
     )
-    return np.asarray(small).reshape(size, size, image.shape[-1])
+    return np.asarray(small).reshape(size, size, channels)

@@ -12,11 +12,15 @@ from memmeta.data._dataset import DataError
 
 
 class ClassItems(NamedTuple):
-    """One class of a data set to convert: its name, its group, and where its examples are."""
+    """One class of a data set to convert: its name, its group, and where its examples are.
+
+    `stamp` changes when the examples do, as far as that can be seen without reading them.
+    """
 
     name: str
     group: str
     items: Sequence[Any]
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,16 @@ class Plan:
 
     def fingerprint(self) -> str:
         """What tells this plan from another: names, numbers and order of everything in it."""
-        digest = hashlib.sha256(repr((self.name, self.shape)).encode())
-        for split, classes in sorted(self.splits.items()):
-            digest.update(repr((split, [tuple(item) for item in classes])).encode())
-        return digest.hexdigest()
+        unstamped = {
+            split: [item._replace(stamp="") for item in classes]
+            for split, classes in self.splits.items()
+        }
+        return fingerprint(unstamped, (self.name, self.shape))
+
+
+def fingerprint(splits: dict[str, list[ClassItems]], about: Any = None) -> str:
+    """What tells some classes from others: names, numbers, stamps and order of all in them."""
+    digest = hashlib.sha256(repr(about).encode())
+    for split, classes in sorted(splits.items()):
+        digest.update(repr((split, [tuple(item) for item in classes])).encode())
+    return digest.hexdigest()

@@ -10,6 +10,7 @@ from memmeta.data import _emoji as emoji
 from memmeta.data import _folders as folders
 from memmeta.data import _from_tfds as from_tfds
 from memmeta.data import _glyphs as glyphs
+from memmeta.data import _npz as npz
 from memmeta.data import _sinusoid as sinusoid
 from memmeta.data import _tides as tides
 from memmeta.data._augmentation import Augmentation
@@ -18,6 +19,7 @@ from memmeta.data._curves import Points
 from memmeta.data._dataset import DataError, Dataset
 from memmeta.data._episodes import Episodes
 from memmeta.data._host import HostDataset, HostEpisodes, on_host
+from memmeta.data._reading import Reading
 from memmeta.problem import Task
 
 Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
@@ -27,11 +29,13 @@ Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
 class Source(NamedTuple):
     """Where a data set comes from: its name, and (name, split, data_dir) -> the split.
 
-    A name that ends in a colon stands for all names that begin so.
+    A name that ends in a colon stands for all names that begin so. `outside`: whether it reads or
+    makes files that the package does not bring; its function then takes a `Reading` too.
     """
 
     name: str
-    load: Callable[[str, str, Path | None], Split | HostDataset]
+    load: Callable[..., Split | HostDataset]
+    outside: bool = False
 
 
 SOURCES = [
@@ -39,15 +43,16 @@ SOURCES = [
     Source("emoji", lambda _, split, data_dir: emoji.load_emoji(split, data_dir)),
     Source("tides", lambda _, split, data_dir: tides.load_tides(split, data_dir)),
     Source("sinusoid", lambda _, split, data_dir: sinusoid.load_sinusoid(split, data_dir)),
-    Source("omniglot", from_tfds.load_tfds),
-    Source("omniglot_alphabets", from_tfds.load_tfds),
-    Source("cifar_fs", from_tfds.load_tfds),
-    Source("fc100", from_tfds.load_tfds),
-    Source("tfds:", from_tfds.load_tfds),
-    Source("mini_imagenet", folders.load_folder),
-    Source("tiered_imagenet", folders.load_folder),
-    Source("folder", folders.load_folder),
-    Source("folder:", folders.load_folder),
+    Source("omniglot", from_tfds.load_tfds, outside=True),
+    Source("omniglot_alphabets", from_tfds.load_tfds, outside=True),
+    Source("cifar_fs", from_tfds.load_tfds, outside=True),
+    Source("fc100", from_tfds.load_tfds, outside=True),
+    Source("tfds:", from_tfds.load_tfds, outside=True),
+    Source("mini_imagenet", folders.load_folder, outside=True),
+    Source("tiered_imagenet", folders.load_folder, outside=True),
+    Source("npz", npz.load_npz, outside=True),
+    Source("folder", folders.load_folder, outside=True),
+    Source("folder:", folders.load_folder, outside=True),
 ]
 """Every data set, by name; adding one is one file and one line here."""
 
@@ -67,13 +72,16 @@ class Sampler(Protocol):
         ...
 
 
-def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
+def load(
+    name: str, split: str, data_dir: str | Path | None = None, reading: Reading = Reading()
+) -> Split:
     """Load one split of a data set onto the default device.
 
     Args:
         name: the data set's name, one of those in `SOURCES`.
         split: "train", "validation" or "test"; no class is in two splits.
         data_dir: the folder of data sets that are not embedded in the package.
+        reading: how image files are read, and what they may ask of the machine.
 
     Returns:
         The split: a `Dataset`, its examples grouped by class and stored as uint8, or a family of
@@ -88,11 +96,13 @@ def load(name: str, split: str, data_dir: str | Path | None = None) -> Split:
         >>> len(train.class_names), train.group_names[:3]
         (1259, ('Latin', 'Greek', 'Cyrillic'))
     """
-    found = _load(name, split, data_dir)
+    found = _load(name, split, data_dir, reading)
     return found.to_device() if isinstance(found, HostDataset) else found
 
 
-def load_host(name: str, split: str, data_dir: str | Path | None = None) -> HostDataset:
+def load_host(
+    name: str, split: str, data_dir: str | Path | None = None, reading: Reading = Reading()
+) -> HostDataset:
     """Load one split of a data set and leave its examples on the host, memory-mapped if it can be.
 
     For data larger than the device's memory; `HostEpisodes` draws its tasks.
@@ -101,6 +111,7 @@ def load_host(name: str, split: str, data_dir: str | Path | None = None) -> Host
         name: as for `load`.
         split: as for `load`.
         data_dir: as for `load`.
+        reading: as for `load`.
 
     Returns:
         The split.
@@ -108,7 +119,7 @@ def load_host(name: str, split: str, data_dir: str | Path | None = None) -> Host
     Raises:
         DataError: as `load`, and where the data set is a family of curves.
     """
-    found = _load(name, split, data_dir)
+    found = _load(name, split, data_dir, reading)
     if isinstance(found, Dataset):
         return on_host(found)
     if not isinstance(found, HostDataset):
@@ -116,7 +127,22 @@ def load_host(name: str, split: str, data_dir: str | Path | None = None) -> Host
     return found
 
 
-def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDataset:
+def touches_files(name: str, data_dir: Path | None) -> bool:
+    """Whether loading a data set reads, makes or downloads files, if it were done now.
+
+    Args:
+        name: as for `load`.
+        data_dir: as for `load`.
+
+    Raises:
+        DataError: the name is unknown.
+    """
+    if not _source(name).outside:
+        return False
+    return data_dir is not None or not from_tfds.is_converted(name)
+
+
+def _source(name: str) -> Source:
     def fits(source: Source) -> bool:
         begins = source.name.endswith(":") and name.startswith(source.name)
         return name != source.name if begins else name == source.name
@@ -125,9 +151,17 @@ def _load(name: str, split: str, data_dir: str | Path | None) -> Split | HostDat
     if source is None:
         known = ", ".join(s.name + "..." * s.name.endswith(":") for s in SOURCES)
         raise DataError(f"unknown data set {name!r}: choose one of {known}")
+    return source
+
+
+def _load(
+    name: str, split: str, data_dir: str | Path | None, reading: Reading
+) -> Split | HostDataset:
+    source = _source(name)
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r} of {name}: choose one of {', '.join(SPLITS)}")
-    return source.load(name, split, None if data_dir is None else Path(data_dir))
+    place = None if data_dir is None else Path(data_dir)
+    return source.load(name, split, place, *([reading] if source.outside else []))
 
 
 def sampler(

@@ -13,6 +13,7 @@ import optax
 
 from memmeta import algorithms, models
 from memmeta.data import Augmentation, Dataset, Episodes, HostDataset, Warp, normalisation
+from memmeta.data._files import FileError, decode
 from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
@@ -35,6 +36,12 @@ class Config:
     on_host: bool = False
     """Leave the data on the host, memory-mapped where they come from a folder or a download, for
     those larger than the device's memory; the tasks are the same."""
+    image_size: int = 84
+    """Pixels a side that image files of a folder are resized to."""
+    image_fit: Literal["crop", "squeeze"] = "crop"
+    """How: by the short side, then the middle; or both sides, each by its own factor."""
+    background: str = "white"
+    """What shows through where an image file is transparent: a colour's name, or #rrggbb."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1
@@ -43,6 +50,8 @@ class Config:
     """Query examples of each class in training."""
     test_queries: int = 15
     """Query examples of each class in evaluation."""
+    uneven: bool = False
+    """Take classes that have too few examples for SHOTS and QUERIES too, with those they have."""
     cross_family: bool | None = None
     """Train on support and query examples from different families, such as font families; None:
     where the training split has several."""
@@ -98,10 +107,17 @@ class Config:
     """Held-out test episodes of the final report."""
 
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(Config).items():
-            value = getattr(self, name)
-            _require(name, value, _is(value, kind), _said(kind))
-        positive = ("ways", "shots", "queries", "test_queries", "width", "tasks", "log_every")
+        _require_kinds(vars(self))
+        positive = (
+            "image_size",
+            "ways",
+            "shots",
+            "queries",
+            "test_queries",
+            "width",
+            "tasks",
+            "log_every",
+        )
         for name in (*positive, "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("inner_steps", "test_steps", "cg_steps", "ridge", "proximal"):
@@ -155,6 +171,7 @@ class Config:
             self.queries,
             cross_family=cross_family,
             augmentation=augmentation,
+            uneven=self.uneven,
         )
 
     def test_episodes(self, train: Dataset, normalised: Augmentation) -> dict[str, Episodes]:
@@ -162,7 +179,13 @@ class Config:
 
         Arguments as for `training_episodes`.
         """
-        any_style = Episodes(self.ways, self.shots, self.test_queries, augmentation=normalised)
+        any_style = Episodes(
+            self.ways,
+            self.shots,
+            self.test_queries,
+            augmentation=normalised,
+            uneven=self.uneven,
+        )
         if len(train.family_names) == 1:
             return {"any styles": any_style}
         # half of the styles or less are of one family, so fewer queries than with any styles
@@ -212,26 +235,43 @@ class Config:
         """Adam, its rate falling to zero along a cosine over the run."""
         return optax.adam(optax.cosine_decay_schedule(self.rate, max(self.meta_steps, 1)))
 
+    def plain(self) -> dict[str, Any]:
+        """The options as JSON knows them."""
+        return json.loads(self.to_json())
+
     def to_json(self) -> str:
         """The configuration as text; `from_json` reads it."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> "Config":
+    def from_json(cls, content: str | bytes, where: str) -> "Config":
         """Read what `to_json` wrote.
 
         Raises:
             UserError: it is no JSON object of this class's fields, or a value is out of range.
         """
+        content = content.encode("utf-8", "replace") if isinstance(content, str) else content
         try:
-            found = json.loads(text)
-            if found.get("data_dir") is not None:
-                found["data_dir"] = Path(found["data_dir"])
+            found = decode(content, dict[str, Any], where)
+        except FileError as error:
+            raise UserError(f"{error}; expected the configuration of a run") from error
+        unknown = sorted(set(found) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"{where}: not a configuration of a run (unknown: {unknown[0]!r})")
+        if isinstance(found.get("data_dir"), str):
+            found["data_dir"] = Path(found["data_dir"])
+        try:
+            _require_kinds(found)
             return cls(**found)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{where}: not a configuration of a run ({error})") from error
+
+
+def _require_kinds(values: dict[str, Any]) -> None:
+    """Each value is of its field's annotation."""
+    kinds = typing.get_type_hints(Config)
+    for name, value in values.items():
+        _require(name, value, _is(value, kinds[name]), _said(kinds[name]))
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -1,27 +1,30 @@
 """The learning curve of a run as a PNG."""
 
+import io
 import math
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 
-def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
+def learning_curve(lines: list[dict[str, Any]]) -> bytes:
     """Draw query loss and accuracy over the meta-steps.
 
     Args:
         lines: the run's log points.
-        path: of the PNG to write.
+
+    Returns:
+        The PNG.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
-    left.plot(steps, [line["loss"] for line in lines], color="tab:blue")
+    losses = [line.get("loss") for line in lines]
+    left.plot(steps, [math.nan if n is None else n for n in losses], color="tab:blue")
     left.set(xlabel="meta-step", ylabel="query loss")
-    if any((line["loss"] or 0) > 0 for line in lines):
+    if any((loss or 0) > 0 for loss in losses):
         left.set(yscale="log")
-    if lines and "accuracy" in lines[0]:
+    if any("accuracy" in line for line in lines):
         accuracy = percent(lines, "accuracy")
         right.plot(steps, accuracy, color="tab:blue", label="training tasks")
     checked = [line for line in lines if "validation_accuracy" in line]
@@ -39,7 +42,9 @@ def learning_curve(lines: list[dict[str, Any]], path: Path) -> None:
     right.set(xlabel="meta-step", ylabel="query accuracy, %")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    return png.getvalue()
 
 
 def percent(lines: list[dict[str, Any]], key: str) -> list[float]:
@@ -49,4 +54,5 @@ def percent(lines: list[dict[str, Any]], key: str) -> list[float]:
         >>> percent([{"accuracy": 0.5}, {"accuracy": None}], "accuracy")
         [50.0, nan]
     """
-    return [math.nan if line[key] is None else 100 * line[key] for line in lines]
+    found = [line.get(key) for line in lines]
+    return [math.nan if value is None else 100 * value for value in found]

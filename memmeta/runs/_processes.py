@@ -6,8 +6,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +17,9 @@ import numpy as np
 
 JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 COUNTED_BY = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+LAUNCHER = "MEMMETA_LAUNCHER"
+"""The variable with the number of a pipe that ends when the launcher does."""
 LAST_WORDS = 20.0
 """Seconds the other processes get to end by themselves once one has ended."""
 
@@ -46,7 +51,44 @@ def join() -> None:
             f"JAX_PROCESS_ID: expected a number below JAX_NUM_PROCESSES, found {number!r} of "
             f"{count!r}"
         )
-    jax.distributed.initialize(address, int(count), int(number), initialization_timeout=60)
+    end_with_launcher()
+    # the coordinator asks nobody who they are: on this machine alone, it listens to it alone
+    here = address if address.rpartition(":")[0] in LOOPBACK else None
+    if here is not None:
+        _sums_over_loopback()
+    jax.distributed.initialize(
+        address,
+        int(count),
+        int(number),
+        initialization_timeout=60,
+        coordinator_bind_address=here,
+    )
+
+
+def _sums_over_loopback() -> None:
+    """Make the CPU's sums over processes listen to this machine alone too.
+
+    They listen where the host's name leads, and jax 0.10.2 has no option for another address.
+    """
+    from jaxlib import _jax
+
+    if (make := getattr(_jax, "make_gloo_tcp_collectives", None)) is not None:
+        _jax.make_gloo_tcp_collectives = partial(make, hostname="127.0.0.1")
+
+
+def end_with_launcher() -> None:
+    """Stop as by SIGTERM when `launch` is no more: nobody else would end this process."""
+    pipe = os.environ.pop(LAUNCHER, None)
+    if pipe is None:
+        return
+
+    def watch() -> None:
+        os.read(int(pipe), 1)  # returns once no process holds the other end
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_WORDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def is_first() -> bool:
@@ -87,6 +129,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_NUM_PROCESSES": str(count)}
     environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "memmeta", *arguments]
+    held_by_children, held_by_us = os.pipe()  # closed by the system, however the launcher ends
+    environment[LAUNCHER] = str(held_by_children)
     with tempfile.TemporaryFile() as errors:
         children = [
             subprocess.Popen(
@@ -94,10 +138,13 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 env=environment | {"JAX_PROCESS_ID": str(number)},
                 stdout=None if number == 0 else subprocess.DEVNULL,
                 stderr=None if number == 0 else errors,
+                pass_fds=[held_by_children],
                 start_new_session=True,  # Ctrl-C comes through the launcher, once
             )
             for number in range(count)
         ]
+
+        os.close(held_by_children)
 
         def pass_on(number: int, _: Any) -> None:
             for child in children:
@@ -111,6 +158,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            os.close(held_by_us)
 
 
 def _wait(children: list[subprocess.Popen[Any]]) -> int:

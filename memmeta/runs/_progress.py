@@ -9,10 +9,11 @@ from html import escape
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # names are names, whatever brackets they hold
 
 TROUBLE = {
     "masked": "tasks masked (not finite)",
@@ -42,6 +43,15 @@ def describe(line: dict[str, Any]) -> str:
         accuracy, interval = line["validation_accuracy"], line["validation_interval"]
         parts.append(f"validation {100 * accuracy:.1f} ± {100 * interval:.1f} %")
     return ", ".join(parts)
+
+
+@contextmanager
+def data_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal, if there is one, while data are converted or checked."""
+    terminal = Console(stderr=True, markup=False)
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        task = progress.add_task(escape_markup(what), total=total)
+        yield lambda number: progress.update(task, advance=number)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Training: log points, checkpoints, signals, and the final report."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,14 @@ from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._step import MetaState, Metrics
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
+from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder
 from memmeta.runs._interruption import Interrupted, Stopped, interruptible
+from memmeta.runs._stored import require_unaltered
 from memmeta.runs._trainer import TEST, VALIDATION, Trainer
 
 VALIDATION_EPISODES = 100
+log = logging.getLogger("memmeta")
 
 
 def train(
@@ -42,6 +46,7 @@ def train(
 
     Raises:
         CheckpointError: no checkpoint can be used.
+        UserError: the configuration was altered, the checkpoints are gone, or the folder was moved.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         Stopped: with `strict`, something was not as it should be.
         OSError: the folder cannot be written; what was written stays.
@@ -49,9 +54,7 @@ def train(
     config, state = trainer.config, trainer.init()
     validation = trainer.judged["any styles"]
     if resume:
-        if checkpoints.whole(folder.checkpoints):  # else it ended before the first one
-            state = checkpoints.restore(folder.checkpoints, state)
-        folder.keep_metrics_until(int(state.step))
+        state = _resumed(config, folder, state)
     with interruptible() as interrupted:
         while (step := int(state.step)) < config.meta_steps:
             count = min(config.log_every - step % config.log_every, config.meta_steps - step)
@@ -74,9 +77,33 @@ def train(
             show(line)
             stopping = interrupted()
             if due or stopping:
-                checkpoints.save(folder.checkpoints, step, state)
+                _save(folder, config, step, state)
             if stopping and step < config.meta_steps:
                 raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
+    return state
+
+
+def _save(folder: RunFolder, config: Config, step: int, state: MetaState) -> None:
+    folder.require_here()
+    checkpoints.save(folder.checkpoints, step, state, {"config": config.plain()})
+
+
+def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
+    """The newest state of a run, with the metrics cut back to it."""
+    require_unaltered(folder, config)
+    if checkpoints.whole(folder.checkpoints):
+        state = checkpoints.restore(folder.checkpoints, state)
+    else:  # it ended before the first one, or they are gone
+        last = max((line["step"] for line in folder.metrics()), default=0)
+        if last > config.checkpoint_every or folder.final_report() is not None:
+            raise UserError(
+                f"{folder.path}: its metrics go to meta-step {last}, but no checkpoint is there; "
+                "put the folder checkpoints back, or start a new run"
+            )
+        if last:
+            log.warning("%s: no checkpoint yet, so the run starts again", folder.path)
+    folder.keep_metrics_until(int(state.step))
+    checkpoints.set_aside(folder.checkpoints, int(state.step))
     return state
 
 
@@ -89,7 +116,7 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
         if sum(int(count) for count in metrics.counts):
             break
     step = int(before.step)
-    checkpoints.save(folder.checkpoints, step, before)
+    _save(folder, trainer.config, step, before)
     gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
     tasks = gather(trainer.batch(before, dataset))
     file = folder.save_batch(tasks)
@@ -139,7 +166,7 @@ def final_report(
         for name, sampler in trainer.judged.items()
     }
     lines = folder.metrics()
-    speeds = [line["tasks_per_second"] for line in lines[1:]]
+    speeds = [n for line in lines[1:] if (n := line.get("tasks_per_second")) is not None]
     memory = block.program.memory_analysis() if block else None
     return {
         "method": config.method,

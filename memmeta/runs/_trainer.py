@@ -17,10 +17,13 @@ from memmeta.data import (
     Episodes,
     HostDataset,
     HostEpisodes,
+    Limits,
+    Reading,
     Split,
     load,
     load_host,
 )
+from memmeta.data._reading import Progress, silent
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._evaluation import Interval, confidence_interval
@@ -161,12 +164,19 @@ def _index(split: Dataset | HostDataset) -> Dataset:
     return split.index if isinstance(split, HostDataset) else split
 
 
-def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
+def make_trainer(
+    config: Config,
+    mesh: Mesh | None = None,
+    limits: Limits = Limits(),
+    progress: Progress = silent,
+) -> Trainer:
     """Load the data and put a run's pieces together.
 
     Args:
         config: the options.
         mesh: the devices to spread tasks over, see `memmeta.make_meta_step`.
+        limits: what files of data may ask of the machine.
+        progress: told how far a conversion or a check of the data is.
 
     Returns:
         The trainer.
@@ -177,7 +187,8 @@ def make_trainer(config: Config, mesh: Mesh | None = None) -> Trainer:
     """
     names = ("train", "validation", "test")
     read = load_host if config.on_host else load
-    splits = {name: _classes(read(config.data, name, config.data_dir)) for name in names}
+    how = Reading(config.image_size, config.image_fit, config.background, limits, progress)
+    splits = {name: _classes(read(config.data, name, config.data_dir, how)) for name in names}
     train, normalised = _index(splits["train"]), config.normalised(splits["train"])
     training = config.training_episodes(train, normalised)
     judged = config.test_episodes(train, normalised)

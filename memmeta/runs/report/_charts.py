@@ -181,7 +181,7 @@ def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
                 capsize=3,
                 color=look(number)["color"],
             )
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.xaxis.set_major_formatter("{x:g} %")
         axes.locator_params(axis="x", nbins=5)
@@ -194,7 +194,8 @@ def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
 
 def memory(runs: Sequence[Judged]) -> Chart | None:
     """What the compiled meta-step needs besides its arguments; None where no run has ended."""
-    found = [(run.final.get("meta_step_temporary_bytes") or 0) / 1e6 for run in runs]
+    finals = [run.final for run in runs]
+    found = [(final["meta_step_temporary_bytes"] or 0) / 1e6 if final else 0.0 for final in finals]
     if not any(found):
         return None
 

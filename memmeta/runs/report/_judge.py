@@ -1,6 +1,5 @@
 """What a page says of one run: what its folder holds, and what its newest checkpoint can do."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from memmeta.data import DataError, Dataset, Episodes, HostDataset
+from memmeta.data import DataError, Dataset, Episodes, HostDataset, Limits
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta._evaluation import Interval, confidence_interval
 from memmeta.problem import MetaParams, Params, Scalar, Task
 from memmeta.runs import checkpoints
 from memmeta.runs._config import Config
 from memmeta.runs._folder import RunFolder
+from memmeta.runs._records import FinalReport
+from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import TEST, make_trainer
 
 
@@ -47,7 +48,7 @@ class Judged:
         name: of its folder, with its parent's where two folders have the same.
         config: its options.
         lines: its log points.
-        final: its final report, or {} where it has not ended.
+        final: its final report; None where it has not ended.
         step: of the checkpoint that was judged; None where there is none.
         groups: accuracy on test episodes of each group alone, by the group's name.
         episode: one test task; None where there is no checkpoint or the examples are no images.
@@ -56,43 +57,57 @@ class Judged:
     name: str
     config: Config
     lines: list[dict[str, Any]]
-    final: dict[str, Any]
+    final: FinalReport | None
     step: int | None
     groups: dict[str, Interval]
     episode: Episode | None
 
 
-def judge_all(paths: Sequence[Path], episodes: int) -> list[Judged]:
+def judge_all(
+    paths: Sequence[Path],
+    episodes: int,
+    data_dir: Path | None = None,
+    limits: Limits = Limits(),
+) -> list[Judged]:
     """`judge` for several runs, each under a name of its own."""
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = ["/".join(path.resolve().parts[-2:]) for path in paths]
-    return [judge(path, name, episodes) for path, name in zip(paths, names, strict=True)]
+    pairs = zip(paths, names, strict=True)
+    return [judge(path, name, episodes, data_dir, limits) for path, name in pairs]
 
 
-def judge(path: Path, name: str, episodes: int) -> Judged:
+def judge(
+    path: Path,
+    name: str,
+    episodes: int,
+    data_dir: Path | None = None,
+    limits: Limits = Limits(),
+) -> Judged:
     """Read a run's folder and put its newest checkpoint to the test.
 
     Args:
         path: of the run's folder.
         name: what the run is called on the page.
         episodes: test episodes of each group, at least 2.
+        data_dir: the folder of the run's data, where they are not part of the package.
+        limits: what files of data may ask of the machine.
 
     Returns:
         What was found; a run that goes on, or has no checkpoint yet, is shown as far as it is.
 
     Raises:
-        UserError: it is no run's folder.
+        UserError: it is no run's folder, or its data need `data_dir`.
+        FileError: its metrics or its report cannot be read.
         DataError: the run's data are missing or altered.
     """
     folder = RunFolder(path)
     config = folder.config()
-    written = path / "report.json"
-    final = json.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    known = partial(Judged, name, config, folder.metrics(), final)
+    known = partial(Judged, name, config, folder.metrics(), folder.final_report())
     if not checkpoints.whole(folder.checkpoints):
         return known(None, {}, None)
-    trainer = make_trainer(config)
+    require_unaltered(folder, config)
+    trainer = make_trainer(confirmed(config, data_dir), limits=limits)
     state = checkpoints.restore(folder.checkpoints, trainer.init())
     test = trainer.splits["test"]
     dataset = test.to_device() if isinstance(test, HostDataset) else test

@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 from jaxtyping import Array, Shaped
 
-from memmeta.runs.checkpoints import write_whole
+from memmeta.data._files import own_folder, write_whole
 from memmeta.runs.report._charts import RUNS, Chart, charts
 from memmeta.runs.report._judge import Episode, Judged
 from memmeta.runs.report._remarks import remarks
@@ -38,11 +38,12 @@ def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
     """
     sections = charts(runs, episodes)
     pictures = page.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(pictures)
     written = [page]
     for chart in (chart for found in sections.values() for chart in found):
         path = pictures / f"{chart.name}.png"
-        path.write_bytes(chart.png)
+        write_whole(path, chart.png)
         written.append(path)
     write_whole(page, html(runs, sections))
     return written
@@ -103,17 +104,18 @@ def figures_table(runs: Sequence[Judged]) -> str:
     """The final figures, a column a run."""
     rows: dict[str, list[str]] = {"method": [run.config.method for run in runs]}
     rows["meta-steps"] = [meta_steps(run) for run in runs]
-    for kind in dict.fromkeys(name for run in runs for name in run.final.get("accuracy", {})):
-        found = [run.final.get("accuracy", {}).get(kind) for run in runs]
+    finals: list[Any] = [run.final or {} for run in runs]
+    for kind in dict.fromkeys(name for final in finals for name in final.get("accuracy", {})):
+        found = [final.get("accuracy", {}).get(kind) for final in finals]
         rows[f"test accuracy, {kind}"] = [percent(interval) for interval in found]
     rows["best validation accuracy"] = [best_validation(run) for run in runs]
     rows["meta-steps a second (median)"] = [
-        number(run.final.get("meta_steps_per_second"), "{:.2f}") for run in runs
+        number(final.get("meta_steps_per_second"), "{:.2f}") for final in finals
     ]
     rows["memory of the compiled meta-step"] = [
-        number(run.final.get("meta_step_temporary_bytes"), "{:.1f} MB", 1e-6) for run in runs
+        number(final.get("meta_step_temporary_bytes"), "{:.1f} MB", 1e-6) for final in finals
     ]
-    rows["on"] = [run.final.get("backend", "–") for run in runs]
+    rows["on"] = [final.get("backend", "–") for final in finals]
     return table(runs, rows)
 
 

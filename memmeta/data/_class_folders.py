@@ -1,0 +1,93 @@
+"""Class folders in a tree of files: no link out of it is followed, and no name is lost."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+from memmeta.data._dataset import DataError
+from memmeta.data._files import DEEPEST
+from memmeta.data._images import SUFFIXES
+from memmeta.data._plan import ClassItems
+
+NOT_OURS = ("__macosx",)
+"""Folders that a packer leaves beside the data."""
+
+
+def classes_in(root: Path, folder: Path) -> list[ClassItems]:
+    """Every folder below `folder` that has images in it is a class."""
+    classes = []
+    for path in [folder, *all_folders(folder)]:
+        items = [inside(root, entry) for entry in _images_in(path)]
+        if items and path == folder:
+            raise DataError(f"{items[0]} of {root} is in no class folder: move or remove it")
+        if items or not (path == folder or folders_in(path)):
+            relative = path.relative_to(folder)
+            group = "" if relative.parent == Path(".") else plain_name(relative.parent)
+            classes.append(ClassItems(plain_name(relative), group, items))
+    return classes
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return _files_in(folder, SUFFIXES)
+
+
+def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return [entry for entry in entries if entry.suffix.lower() in suffixes and entry.is_file()]
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Every file with one of the suffixes in a folder and those below it, none of them hidden.
+
+    Raises:
+        DataError: a folder is a link, or a file leads out of it.
+    """
+    found = [file for path in (folder, *all_folders(folder)) for file in _files_in(path, suffixes)]
+    for file in found:
+        inside(folder, file)
+    return found
+
+
+def has_images(root: Path, folder: Path) -> bool:
+    return any(_images_in(path) for path in (folder, *all_folders(folder)))
+
+
+def all_folders(folder: Path) -> list[Path]:
+    """The folders below `folder`, each after the one it is in."""
+    found, waiting = [], folders_in(folder)[::-1]
+    while waiting:
+        path = waiting.pop()
+        if len(path.relative_to(folder).parts) > DEEPEST:
+            raise DataError(f"{folder}: holds more than {DEEPEST} folders inside one another")
+        found.append(path)
+        waiting += folders_in(path)[::-1]
+    return found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name.lower() in NOT_OURS or not entry.is_dir():
+            continue
+        if entry.is_symlink():
+            raise DataError(f"{entry} is a link to a folder, which is not followed: remove it")
+        found.append(entry)
+    return found
+
+
+def inside(root: Path, path: Path) -> str:
+    """The path below the root, once it is sure that the file really lies there."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{path} leads out of {root}: replace it by the file itself")
+    return path.relative_to(root).as_posix()
+
+
+def plain_name(path: Path) -> str:
+    # the same letters in composed and decomposed form are the same name; what is no UTF-8 is
+    # most likely of an older system
+    name = os.fsencode(path.as_posix())
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        text = name.decode("latin-1")
+    return unicodedata.normalize("NFC", text)

@@ -1,0 +1,61 @@
+"""What the JSON files of a run hold: the schemas they are read through."""
+
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+
+from memmeta.data._files import FileError, decode
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Whole = Annotated[int, msgspec.Meta(gt=-(2**62), lt=2**62)]
+Number = Annotated[float, msgspec.Meta(gt=-1e300, lt=1e300)]
+LARGEST_LINE = 2**20
+
+
+class Mean(TypedDict):
+    """A mean with its 95 % interval."""
+
+    mean: Number
+    interval: Number
+
+
+class FinalReport(TypedDict):
+    """report.json."""
+
+    method: str
+    data: str
+    meta_steps: Count
+    ways: Count
+    shots: Count
+    episodes: Count
+    accuracy: dict[str, Mean]
+    meta_steps_per_second: Number | None
+    meta_step_temporary_bytes: Count | None
+    backend: str
+    devices: Count
+
+
+def log_line(row: bytes, where: str) -> dict[str, Any]:
+    """One log point: a flat line of numbers, its step among them.
+
+    Args:
+        row: one line of metrics.jsonl.
+        where: what the error calls it.
+
+    Returns:
+        The figures by name; None where one was no number.
+
+    Raises:
+        FileError: it is no such line.
+
+    Example:
+        >>> log_line(b'{"step": 20, "loss": 0.5, "tasks_per_second": 31.0}', "metrics.jsonl:1")
+        {'step': 20, 'loss': 0.5, 'tasks_per_second': 31.0}
+    """
+    line: dict[str, Any] = decode(row[:LARGEST_LINE], dict[str, Whole | Number | None], where)
+    step = line.get("step")
+    if not isinstance(step, int) or step < 0:
+        raise FileError(f"{where}: no log point of a run (step: expected 0 or more, found {step})")
+    if (line.get("validation_accuracy") is None) != (line.get("validation_interval") is None):
+        raise FileError(f"{where}: no log point of a run (half a validation figure)")
+    return line
