@@ -63,7 +63,7 @@ def test_classes_at_both_statistics_and_both_numbers_of_steps(monkeypatch):
     recipe = settings.recipe_of("tuned", setting, "fomaml")
     learner = settings.make_learner(setting, TINY, test, "fomaml", recipe)
     theta = learner.init(jax.random.key(3))
-    found = runs.judge_program(job, test)(theta, test)
+    found = runs.evaluation_program(job, test)(theta, test)
     assert set(found) == {"transductive", "support"}
     episodes = mm.data.Episodes(3, 1, TINY.test_queries)
     tasks = episodes.sample_batch(test, jax.random.key(0), TINY.episodes)
@@ -86,7 +86,7 @@ def test_statistics_at_test_change_what_is_judged():
         for kind in runs.STATISTICS
     }
     theta = learners["support"].init(jax.random.key(0))
-    found = runs.judge_program(job, test)(theta, test)
+    found = runs.evaluation_program(job, test)(theta, test)
     assert [list(figures) for figures in found.values()] == [["0"], ["0"]]
     tasks = mm.data.Episodes(2, 1, 3).sample_batch(test, jax.random.key(0), TINY.episodes)
     for kind, learner in learners.items():

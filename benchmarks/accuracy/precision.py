@@ -47,12 +47,12 @@ def trained(dtype: Any, options: argparse.Namespace) -> tuple[Row, np.ndarray]:
         return jax.lax.scan(body, state, jax.random.split(jax.random.key(1), options.steps))
 
     @jax.jit
-    def judge(state: MetaState) -> Array:
+    def evaluate(state: MetaState) -> Array:
         tasks = episodes.sample_batch(test, jax.random.key(2), options.episodes)
         return learner.evaluate(state.meta_params, tasks, task_chunk=10).aux["accuracy"]
 
     state, losses = run(step.init(learner.init(jax.random.key(0))))
-    interval = confidence_interval(np.asarray(judge(state)))
+    interval = confidence_interval(np.asarray(evaluate(state)))
     row: Row = {"features": jnp.dtype(dtype).name, "accuracy %": 100 * interval.mean}
     row |= {"±": 100 * interval.half_width, "last losses": float(losses[-10:].mean())}
     return row, np.asarray(losses)

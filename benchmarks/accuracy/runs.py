@@ -141,7 +141,7 @@ def adapted(
     return jax.lax.scan(stage, begun, length=stages)[1]
 
 
-def judge(
+def evaluate_task(
     learners: dict[Statistics, Learner], inner: mm.InnerLoop, theta: MetaParams, task: Task
 ) -> dict[str, Float[Array, " stages"]]:
     """The query figure of one task, by batch statistics, after each stage of inner steps."""
@@ -166,7 +166,7 @@ def _figure(
     return aux["error"] if "error" in aux else aux["accuracy"]
 
 
-def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dict[str, Any]]:
+def evaluation_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dict[str, Any]]:
     """(θ, data) -> mean query figure of all test tasks, by batch statistics and inner steps.
 
     One program: the inner loop goes on from T to 2 T steps.
@@ -184,7 +184,7 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
         def one(number: Int32[Array, ""]) -> dict[str, Array]:
             # the same tasks whatever the seed and the method, so that they can be compared
             task = jax.tree.map(lambda x: x[0], sample(dataset, jax.random.key(0), 1, number))
-            return judge(learners, inner, theta, task)
+            return evaluate_task(learners, inner, theta, task)
 
         numbers = jnp.arange(job.sizes.episodes, dtype=jnp.int32)
         return jax.lax.map(one, numbers, batch_size=min(CHUNK, job.sizes.episodes))
@@ -205,7 +205,7 @@ def judge_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split], dic
 def results(
     job: Job, seeds: Sequence[int], data_dir: str | None, meta_steps: int | None = None
 ) -> Iterator[Record]:
-    """Train and judge one method; yields one record a seed, ready for JSON.
+    """Train and test one method; yields one record a seed, ready for JSON.
 
     Args:
         job: what to run.
@@ -227,17 +227,17 @@ def results(
         jax.block_until_ready(block(start(jax.random.key(0)), train, *map(jnp.int32, (count, 1))))
 
     count = job.sizes.meta_steps or meta_steps or meta_steps_in(job.sizes.seconds, run)
-    judge = judge_program(job, test)
+    evaluate = evaluation_program(job, test)
     for seed in seeds:
         state, began = start(jax.random.key(seed)), clock()
         state, sums = jax.block_until_ready(block(state, train, *map(jnp.int32, (count, count))))
         trained = clock()
-        figures = judge(state.meta_params, test)
+        figures = evaluate(state.meta_params, test)
         yield job.identity(seed) | {
             "meta_steps": count,
             "seconds": trained - began,
             "compile_seconds": compiling,
-            "judge_seconds": clock() - trained,
+            "test_seconds": clock() - trained,
             "temporary_megabytes": temporary_megabytes(block),
             "test_steps_of_training": str(learner.inner.steps),
             "training_loss": float(sums.pop("loss")) / count,

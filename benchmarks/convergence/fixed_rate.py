@@ -107,7 +107,8 @@ def along(network: Any, loop: mm.InnerLoop, steps: int) -> dict[str, list[float]
 
 def summary(name: str, curves: dict[str, list[float]]) -> list[Row]:
     """A row for every eighth of the run: its mean."""
-    parts = {column: np.array_split(np.array(y), 8) for column, y in curves.items()}
+    count = min(8, len(curves["accuracy"]))
+    parts = {column: np.array_split(np.array(y), count) for column, y in curves.items()}
     ends = np.cumsum([len(part) for part in parts["accuracy"]])
     return [
         {"inner loop": name, "to meta-step": float(end)}

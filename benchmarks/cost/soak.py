@@ -29,7 +29,7 @@ SMALL = Config(**SIZES, inner_steps=5, cg_steps=5, meta_steps=2**31 - 1, checkpo
 STEADY = 0.2
 """After this share of the time a run has met everything it will ever do."""
 GROWTH = 4.0
-"""Megabytes that the allocator's own comings and goings are given."""
+"""Megabytes that the allocator's own holdings may vary by."""
 LEFT = 0.1
 """Megabytes a checkpoint may leave: at each save orbax reads tensorstore's counters, whose lists
 tensorstore (0.1.86) never frees."""
