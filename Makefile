@@ -3,6 +3,7 @@
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
 # make test-slow    the tests that take minutes: runs killed again and again, several processes, notebooks
+# make test-plain   a sample of the tests as a user runs the library: annotations unchecked, XLA's optimiser on
 # make test-latest  the tests on the newest Python from 3.12 on, with the newest packages, in .venv-latest
 # Each but the last first makes .venv with the pinned versions of requirements.lock.
 
@@ -10,9 +11,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,imports inner linear_solve structural_zeros meta_step algorithms))
 READY := $(VENV)/.ready
 
-.PHONY: setup train test test-slow test-latest regress lint format docs clean
+.PHONY: setup train test test-slow test-plain test-latest regress lint format docs clean
 
 setup: $(READY)
 
@@ -34,6 +36,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(BIN)/pytest -m slow -n 2 --durations=15 $(ARGS)
+
+test-plain: $(READY)
+	@echo "memmeta: a sample of the tests, annotations unchecked and XLA as it comes"
+	@MEMMETA_TESTS=plain $(BIN)/pytest -n 2 --durations=5 $(PLAIN) $(ARGS)
 
 test-latest:
 	@newest="$(or $(NEWEST),$$(scripts/newest_python.sh))" \

@@ -11,7 +11,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 from assertions import refused, relative_error
-from problems import EXAMPLES, logistic_example, network_example, quadratic_example
+from problems import EXAMPLES, head_example, logistic_example, network_example, quadratic_example
 
 import memmeta as mm
 from memmeta.hypergradient import ESTIMATORS
@@ -218,7 +218,7 @@ def by_hand():
 
 
 WITHOUT_HEAD = [name for name, entry in ESTIMATORS.items() if not entry.heads]
-"""Estimators for heads run the solver on a problem of their own, in the space of the samples."""
+"""Of the others `sample_space` runs the solver on a problem of its own, in place of the task's."""
 
 
 @pytest.mark.parametrize("name", WITHOUT_HEAD)
@@ -236,6 +236,25 @@ def test_a_solver_sees_the_whole_context_its_step_and_its_key(name):
     np.testing.assert_allclose(found.loss, losses, rtol=1e-4)
     if entry.aim == "steps" and not entry.random:
         assert relative_error(found.gradient, gradient) < 1e-3
+
+
+def test_a_solver_sees_the_whole_context_of_a_head():
+    """The features, which θ reaches, and the targets, which it does not."""
+    example, seen = head_example(1), []
+
+    def update(problem, params, state, context, step, key):
+        seen.append(jax.eval_shape(lambda: context))
+        return params, state, jnp.float32(0)
+
+    inner = mm.InnerLoop(mm.inner.InnerSolver(lambda problem, params, context: (), update), steps=2)
+    estimator = ESTIMATORS["implicit-woodbury"].make()
+    chunk = mm.hypergradient.Chunk.of(example.tasks)
+    jax.eval_shape(lambda theta: estimator(example.problem, inner, theta, chunk), example.theta)
+    task = jax.tree.map(lambda x: x[0], example.tasks)
+    context = jax.eval_shape(example.problem.embed, example.theta, task)
+    assert seen
+    for found in seen:
+        chex.assert_trees_all_equal_shapes_and_dtypes(found, context)
 
 
 def test_a_solver_sees_the_same_in_evaluation():

@@ -1,5 +1,6 @@
 """Hypergradients that are zero by construction are refused when traced, and those alone."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,10 +44,11 @@ def learned_rate():
 def traced(name, theta, problem, inner=None):
     estimator = ESTIMATORS[name].make()
     loop = inner or mm.InnerLoop(mm.inner.gradient_descent(), steps=5)
-    return jax.eval_shape(
+    gradient = jax.eval_shape(
         lambda theta: estimator(problem, loop, theta, mm.hypergradient.Chunk.of(TASKS)).gradient,
         theta,
     )
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient, theta)
 
 
 IMPLICIT = ("implicit", "implicit-minres", "implicit-direct")
