@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from memmeta import trees
+from memmeta import _trees as trees
 
 __all__ = [
     "Deviations",

@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.problem import Scalar
 
 Loss: TypeAlias = Callable[[Array, Array], Float[Array, " n"]]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.certificate._estimate import error_of_loop
 from memmeta.hypergradient._estimator import (
     Embedded,
@@ -24,7 +24,8 @@ from memmeta.hypergradient._estimator import (
 )
 from memmeta.hypergradient._seam import Chunk, Report
 from memmeta.hypergradient._unrolled import has_known_curvature
-from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner._loop import widened
 from memmeta.inner._solver import require_derivative_at_zero
 from memmeta.problem import Batch, MetaParams, Problem, Scalar, SplitContext
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
 Products: TypeAlias = Callable[[Callable, Params, Context, Params], tuple[Params, Context]]

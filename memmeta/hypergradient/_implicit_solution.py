@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta import trees
-from memmeta.inner import InnerLoop, widened
+from memmeta import _trees as trees
+from memmeta.inner import InnerLoop
+from memmeta.inner._loop import widened
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
 

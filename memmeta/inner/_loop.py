@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
 from memmeta.problem import Context, Params, Problem, Scalar

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, axpy, dot, make_solver
 from memmeta.linear_solve._spectrum import power_iteration
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, hypergradient, trees
+from memmeta import _checks, hypergradient
+from memmeta import _trees as trees
 from memmeta.hypergradient import Chunk, Estimator, Memory
 from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation

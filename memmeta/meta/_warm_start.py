@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, PyTree
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient import Memory
-from memmeta.inner import widened
+from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
 from memmeta.meta._step import MetaState, MetaStep, Metrics
 from memmeta.problem import Batch, MetaParams

@@ -6,7 +6,7 @@ import json
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import optax
@@ -17,6 +17,11 @@ from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
 
+if TYPE_CHECKING:
+    Method: TypeAlias = str
+else:
+    Method = Literal[tuple(algorithms.METHODS)]  # the command line shows the choices
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
@@ -26,7 +31,7 @@ class UserError(Exception):
 class Config:
     """Options of a training run."""
 
-    method: algorithms.Name = "memory_reduced"
+    method: Method = "memory_reduced"
     """Which method of the literature to train."""
     data: str = "glyphs"
     """Data set: its train split is trained on, its test split is reported on."""

@@ -9,16 +9,6 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, PyTree
 
-__all__ = [
-    "all_finite",
-    "leading_size",
-    "merge",
-    "norm",
-    "ravel",
-    "split",
-    "split_inexact",
-]
-
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf can be differentiated: floating point or complex, no integer, no PRNG key."""
