@@ -225,7 +225,7 @@ def network_problem(
 def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
-    def chosen(path: tuple, _: Any) -> bool:
+    def chosen(path: tuple[Any, ...], _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if callable(adapts):
             return bool(adapts(name))

@@ -7,7 +7,7 @@ meta-step: one tangent of the size of θ, whatever the number of tasks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ def losses_and_reports(
         loss, aux = all_tasks.problem.outer_loss(state.params, context.whole)
         return loss, aux, reported(inner, all_tasks, state, context, estimate_error)
 
-    return over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
+    found: tuple[Array, PyTree, Report] = over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
+    return found
 
 
 def reported(
@@ -103,7 +104,8 @@ def task_losses(
             params = inner.run(wide_problem, wide, context, key).params
             return wide_problem.outer_loss(params, context)[0]
 
-        return over_tasks(one_task, chunk.tasks, task_keys(chunk))
+        all_losses: Array = over_tasks(one_task, chunk.tasks, task_keys(chunk))
+        return all_losses
 
     return losses
 
@@ -144,7 +146,7 @@ def along_directions(
     usable = jnp.all(jnp.isfinite(along), axis=0) & (weights > 0)
     shares = jnp.where(usable, along * weights.astype(along.dtype), 0).sum(axis=1) / directions
 
-    def add(gradient: MetaParams, drawn: tuple) -> tuple[MetaParams, None]:
+    def add(gradient: MetaParams, drawn: tuple[Any, ...]) -> tuple[MetaParams, None]:
         share, direction = drawn[0], draw(drawn[1])
         return jax.tree.map(lambda g, u: g + share.astype(g.dtype) * u, gradient, direction), None
 

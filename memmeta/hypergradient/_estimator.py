@@ -89,7 +89,7 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
 
     reached, start_reached = trees.dependence(embed, floats)
 
-    def active_parts(floats: MetaParams) -> tuple[tuple, tuple]:
+    def active_parts(floats: MetaParams) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         contexts, start = embed(floats)
         active, passive = trees.split(contexts, reached)
         moving, _ = trees.split(start, start_reached)

@@ -58,7 +58,8 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
         losses = task_losses(problem, inner, meta_params, chunk, differentiated=True)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
-            return jax.jvp(losses, (floats,), (direction,))[1]
+            change: Array = jax.jvp(losses, (floats,), (direction,))[1]
+            return change
 
         loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimate_error)
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)

@@ -2,6 +2,7 @@ r"""The unrolled inner loop with Hessian products by differences of inner gradie
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,12 @@ def hessian_free(scale: float | None = None, *, estimate_error: bool = False) ->
 
 
 def _products(
-    scale: float, both: Callable, params: Params, context: Context, u: Params
+    scale: float, both: Callable[..., Any], params: Params, context: Context, u: Params
 ) -> tuple[Params, Context]:
     length = trees.norm(u)
     step = scale / jnp.where(length > 0, length, 1)
     plus, minus = (both(shifted(params, u, sign * step), context) for sign in (1.0, -1.0))
-    return jax.tree.map(lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus)
+    quotients: tuple[Params, Context] = jax.tree.map(
+        lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus
+    )
+    return quotients

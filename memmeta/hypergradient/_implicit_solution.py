@@ -56,7 +56,7 @@ def implicit_solution(
         return inner.run(wide_problem, wide, context, jax.random.key(0)).params
 
     @solve.defjvp
-    def solve_jvp(primals: tuple, tangents: tuple) -> tuple[Params, Params]:
+    def solve_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Params, Params]:
         floats, others, active, passive = primals
         here, _, _ = widened(problem, trees.merge(floats, others))
         params = solve(*primals)
@@ -68,7 +68,7 @@ def implicit_solution(
         def product(vector: Params) -> Params:
             return jax.jvp(lambda p: slope(p, active), (params,), (vector,))[1]
 
-        def inverse(product: Callable, b: Params) -> Params:
+        def inverse(product: Callable[..., Any], b: Params) -> Params:
             return solver(product, b, **where).value
 
         _, change = jax.jvp(lambda a: slope(params, a), (active,), (tangents[2],))

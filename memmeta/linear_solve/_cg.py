@@ -1,6 +1,7 @@
 """Conjugate gradients, for positive definite systems."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def cg(
         length = dot(b, b)
         eps = jnp.finfo(length.dtype).eps
 
-        def body(carry: tuple, _: None) -> tuple[tuple, None]:
+        def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             x, r, p, rr, size, smallest, count = carry
             image = operator.product(p)
             bend, square = dot(p, image), dot(p, p)

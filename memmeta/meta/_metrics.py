@@ -207,7 +207,7 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
         used=summed.used.astype(jnp.int32),
-        counts=Counts(*counts, refused=jnp.int32(0)),
+        counts=Counts(*[*counts, jnp.int32(0)]),
         tasks=tasks,
     )
 

@@ -133,7 +133,10 @@ class MetaStep:
         guard = self.guard and self.guard.init(
             jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
         )
-        return place(self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard))
+        state: MetaState = place(
+            self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard)
+        )
+        return state
 
     def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """One compiled meta-step; `state` is donated, unless the step is `strict`.

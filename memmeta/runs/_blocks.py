@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32
 
 from memmeta._trees import is_inexact
 from memmeta.data import Dataset, HostDataset
-from memmeta.meta._step import MetaState, MetaStep, Metrics
+from memmeta.meta import MetaState, MetaStep, Metrics
 from memmeta.problem import Batch
 
 

@@ -207,7 +207,8 @@ class Config:
         if "inner" in known:
             steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
             given["inner"] = self._inner(known["inner"].default, steps)
-        return method(network, statistics=self.statistics, **given)
+        learner: Learner = method(network, statistics=self.statistics, **given)
+        return learner
 
     def _inner(self, default: InnerLoop, steps: int | None) -> InnerLoop:
         solver = default.solver if self.inner_rate is None else optax.sgd(self.inner_rate)
@@ -259,7 +260,7 @@ def _said(kind: Any) -> str:
     if kinds := typing.get_args(kind):
         return " or ".join(_said(each) for each in kinds)
     names = {int: "a whole number below 2³¹", float: "a finite number", type(None): "nothing"}
-    return names.get(kind, kind.__name__)
+    return names.get(kind) or str(kind.__name__)
 
 
 def _require(name: str, found: Any, holds: bool, expected: str) -> None:

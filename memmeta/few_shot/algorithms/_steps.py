@@ -223,7 +223,8 @@ def meta_sgd(
         return {"body": theta["body"], "head": theta["head"]}
 
     def embed(theta: MetaParams, task: Task) -> NetworkContext:
-        return base.embed(parts(theta), task)._replace(rates=theta["rates"])
+        context: NetworkContext = base.embed(parts(theta), task)
+        return context._replace(rates=theta["rates"])
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         theta = network.init(key)
