@@ -8,7 +8,7 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
-from memmeta import certificate, hypergradient, inner, linear_solve, meta, trees
+from memmeta import certificate, hypergradient, inner, linear_solve, meta
 from memmeta.hypergradient import implicit_solution
 from memmeta.inner import InnerLoop
 from memmeta.meta import (
@@ -55,7 +55,6 @@ __all__ = [
     "meta",
     "models",
     "runs",
-    "trees",
 ]
 
 

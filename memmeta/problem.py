@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from memmeta import trees
+from memmeta import _trees as trees
 
 __all__ = [
     "Deviations",
@@ -255,7 +255,8 @@ def outer_gradients(
     def outer(params: Params, active: Context) -> Scalar:
         return problem.outer_loss(params, context.at(active))[0]
 
-    return jax.grad(outer, argnums=(0, 1))(params, context.active)
+    gradients: tuple[Params, Context] = jax.grad(outer, argnums=(0, 1))(params, context.active)
+    return gradients
 
 
 class Products(NamedTuple):
@@ -286,7 +287,10 @@ def products(problem: Problem, params: Params, u: Params, context: SplitContext)
         return problem.inner_loss(params, context.at(active))
 
     def both(params: Params) -> tuple[Params, Context]:
-        return jax.grad(inner_loss, argnums=(0, 1))(params, context.active)
+        gradients: tuple[Params, Context] = jax.grad(inner_loss, argnums=(0, 1))(
+            params, context.active
+        )
+        return gradients
 
     try:
         (gradient, _), (hessian, mixed) = jax.jvp(both, (params,), (u,))

@@ -6,6 +6,7 @@ library then runs, and refuses wrong arguments, as it does for a user.
 
 import os
 import pathlib
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from typechecker import PLAIN
@@ -35,13 +36,13 @@ jax.devices()  # made now, so that no run under test can choose their number
 
 
 @pytest.fixture
-def x64():
+def x64() -> Iterator[None]:
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(autouse=True)
-def no_traces_yet():
+def no_traces_yet() -> None:
     """Let `chex.assert_max_traces` count each test's own."""
     chex.clear_trace_counter()

@@ -14,23 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from memmeta import trees
 from memmeta.few_shot import HeadContext, ridge_solution, squared_problem
-from memmeta.few_shot.algorithms import METHODS, Learner, Name
+from memmeta.few_shot.algorithms import METHODS, Learner
 from memmeta.models import Network
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
 
-WITHOUT: dict[Name, str] = {"protonet": "classifies by class means: a curve has no classes"}
+WITHOUT: dict[str, str] = {"protonet": "classifies by class means: a curve has no classes"}
 """Methods that make no sense for regression, and why."""
 
-HEADS: dict[Name, float] = {
+HEADS: dict[str, float] = {
     **dict.fromkeys(("memory_reduced", "stocbio", "amigo", "pzobo"), 0.1),
     **dict.fromkeys(("anil", "itd_bio"), 0.0),
 }
 """Methods whose head adapts, with the ridge they have by default."""
 
 
-def learner(method: Name, network: Network, **options: Any) -> Learner:
+def learner(method: str, network: Network, **options: Any) -> Learner:
     """A method of the literature with squared losses.
 
     The network's `ways` is the number of targets; the outer loss's auxiliary output is {"error":
@@ -69,7 +68,9 @@ def _whole(given: Problem, network: Network, proximal: float) -> Problem:
     """
 
     def predicted(params: Params, context: Any, inputs: Array) -> Array:
-        merged = trees.merge(params, context.rest)
+        merged = jax.tree.map(
+            lambda a, b: b if a is None else a, params, context.rest, is_leaf=lambda x: x is None
+        )
         features = network.body(merged["body"], inputs, jnp.ones(inputs.shape[0], jnp.float32))
         return network.head(merged["head"], features)
 

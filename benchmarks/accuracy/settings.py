@@ -17,7 +17,7 @@ import memmeta as mm
 from benchmarks.accuracy import regression
 from memmeta.data import Dataset, Split
 from memmeta.few_shot import Statistics
-from memmeta.few_shot.algorithms import METHODS, Learner, Name
+from memmeta.few_shot.algorithms import METHODS, Learner
 from memmeta.models import conv4, mlp
 
 Preset: TypeAlias = Literal["tuned", "authors", "same_inner"]
@@ -94,7 +94,7 @@ class Recipe:
 STEPS = mm.InnerLoop(optax.sgd(0.05), steps=5)
 LEARNED_RATES = replace(METHODS["meta_sgd"](mlp(1, (), (1,))).inner, steps=5)
 WEAK_RIDGE = Recipe(options={"ridge": 0.01})
-TUNED_CURVES: dict[Name, Recipe] = {
+TUNED_CURVES: dict[str, Recipe] = {
     **dict.fromkeys(("memory_reduced", "stocbio", "amigo", "pzobo"), WEAK_RIDGE),
     **dict.fromkeys(("maml", "fomaml", "reptile", "boil"), Recipe(inner=STEPS)),
     "meta_sgd": Recipe(inner=LEARNED_RATES, options={"first_rate": 0.05}),
@@ -102,12 +102,12 @@ TUNED_CURVES: dict[Name, Recipe] = {
 }
 
 
-def tuned(setting: Setting, method: Name) -> Recipe:
+def tuned(setting: Setting, method: str) -> Recipe:
     """Ours: a method's defaults, unless it is in `TUNED_CURVES`."""
     return TUNED_CURVES.get(method, Recipe()) if setting.curves else Recipe()
 
 
-def authors(setting: Setting, method: Name) -> Recipe:
+def authors(setting: Setting, method: str) -> Recipe:
     """As the paper's authors ran it on CIFAR-FS and FC100, or on mini- and tieredImageNet.
 
     Baselines recompute the features in each inner step. Data sets that they did not use have the
@@ -123,7 +123,7 @@ def authors(setting: Setting, method: Name) -> Recipe:
     def recipe(inner_rate: float, steps: int, options: Any = None, test: Any = None) -> Recipe:
         return Recipe(rate, mm.InnerLoop(optax.sgd(inner_rate), steps), options or {}, False, test)
 
-    recipes: dict[Name, Recipe] = {
+    recipes: dict[str, Recipe] = {
         "memory_reduced": recipe(inner_rate, 20, as_released, mm.InnerLoop(optax.sgd(0.05), 20)),
         "maml": recipe(0.5, 3),
         "anil": recipe(0.1, 5 if larger else 10, recomputed),
@@ -137,7 +137,7 @@ def authors(setting: Setting, method: Name) -> Recipe:
     return recipes[method]
 
 
-def same_inner(setting: Setting, method: Name) -> Recipe:
+def same_inner(setting: Setting, method: str) -> Recipe:
     """The inner loop and the ridge that memory_reduced has by default.
 
     Raises:
@@ -151,16 +151,16 @@ def same_inner(setting: Setting, method: Name) -> Recipe:
     return Recipe(inner=mm.InnerLoop(steps=50), options={"ridge": 0.1})
 
 
-def recipe_of(preset: Preset, setting: Setting, method: Name) -> Recipe:
+def recipe_of(preset: Preset, setting: Setting, method: str) -> Recipe:
     """A method's recipe; raises as `authors` and `same_inner` do."""
     recipes = {"tuned": tuned, "authors": authors, "same_inner": same_inner}
     return recipes[preset](setting, method)
 
 
-def methods_of(setting: Setting, preset: Preset = "tuned") -> list[Name]:
+def methods_of(setting: Setting, preset: Preset = "tuned") -> list[str]:
     """The methods that make sense."""
     if preset != "tuned":
-        baselines: list[Name] = ["anil", "itd_bio"]
+        baselines: list[str] = ["anil", "itd_bio"]
         return ["memory_reduced", "maml", *baselines] if preset == "authors" else baselines
     return [name for name in METHODS if not (setting.curves and name in regression.WITHOUT)]
 
@@ -169,7 +169,7 @@ def make_learner(
     setting: Setting,
     sizes: Sizes,
     dataset: Split,
-    method: Name,
+    method: str,
     recipe: Recipe,
     statistics: Statistics = "transductive",
 ) -> Learner:

@@ -20,7 +20,6 @@ from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, show, write
 from benchmarks.problems.glyphs import features, glyph_tasks
-from memmeta import trees
 from memmeta.few_shot import HeadContext, head_problem, softmax_problem
 from memmeta.hypergradient import implicit
 from memmeta.inner import newton
@@ -52,7 +51,9 @@ def scaled(network: Any, theta: Any, tasks: Any) -> list[Row]:
         rows = {}
         for name, loop in LOOPS.items():
             gradient, metrics = answer(heads, loop, 20, features, task)
-            error = trees.norm(jax.tree.map(jnp.subtract, gradient, exact)) / trees.norm(exact)
+            error = optax.tree.norm(jax.tree.map(jnp.subtract, gradient, exact)) / optax.tree.norm(
+                exact
+            )
             gradient_norm, accuracy = metrics.report.inner_gradient_norm, metrics.aux["accuracy"]
             rows[name] = {"‖∇_φ g‖": gradient_norm, "accuracy": accuracy, "error of ∇F": error}
         return smoothness(heads, embed(features, task)), rows

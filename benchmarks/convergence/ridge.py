@@ -17,7 +17,6 @@ import memmeta as mm
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, show, write
 from benchmarks.problems.glyphs import features, glyph_tasks
-from memmeta import trees
 from memmeta.few_shot import head_problem
 from memmeta.hypergradient import implicit
 from memmeta.linear_solve import cg, extreme_eigenvalues
@@ -37,7 +36,13 @@ def system(network: Any, theta: Any, tasks: Any, ridge: float) -> Row:
         outer = jax.grad(lambda p: problem.outer_loss(p, context)[0])(params)
         ends = extreme_eigenvalues(product, outer, 40)
         few, many = cg(20)(product, outer), cg(100)(product, outer)
-        return *ends, trees.norm(few.value), trees.norm(many.value), few.residual, many.residual
+        return (
+            *ends,
+            optax.tree.norm(few.value),
+            optax.tree.norm(many.value),
+            few.residual,
+            many.residual,
+        )
 
     names = ("smallest curvature", "largest", "‖v‖ CG 20", "‖v‖ CG 100", "residual 20", "100")
     found = jax.jit(jax.vmap(one))(tasks)

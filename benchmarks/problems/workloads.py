@@ -14,7 +14,6 @@ from benchmarks.harness.programs import compiled
 from memmeta.few_shot.algorithms import METHODS, Learner
 from memmeta.hypergradient import implicit, mixed_mode, unrolled
 from memmeta.linear_solve import cg
-from memmeta.meta import TASKS, TaskChunk
 from memmeta.models import Network, conv4
 from memmeta.problem import Batch, Task
 
@@ -130,10 +129,10 @@ def spread(tasks: Batch, mesh: Mesh | None) -> Batch:
     """A batch whose tasks are shared out to the devices of a mesh; None leaves it where it is."""
     if mesh is None:
         return tasks
-    return jax.device_put(tasks, NamedSharding(mesh, PartitionSpec(TASKS)))
+    return jax.device_put(tasks, NamedSharding(mesh, PartitionSpec("tasks")))
 
 
-def meta_step(made: Learner, chunk: TaskChunk, mesh: Mesh | None = None) -> mm.MetaStep:
+def meta_step(made: Learner, chunk: Any, mesh: Mesh | None = None) -> mm.MetaStep:
     """One outer iteration with Adam."""
     return made.make_meta_step(optax.adam(1e-3), task_chunk=chunk, mesh=mesh)
 

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
-import memmeta as mm
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import collectives, compiled
 from benchmarks.harness.tables import Row, aim, cores, show, write
@@ -52,7 +52,7 @@ class Run:
         following, _ = jax.block_until_ready(program(state, batch))
         call = lambda: jax.block_until_ready(program(state, batch))  # noqa: E731
         seconds = in_turn({method: call}, ROUNDS)[method]
-        before, after = (np.asarray(mm.trees.ravel(s.meta_params)[0]) for s in (state, following))
+        before, after = (np.asarray(ravel_pytree(s.meta_params)[0]) for s in (state, following))
         self.gradient, self.seconds = before - after, float(np.median(seconds))
         self.messages, self.parameters = collectives(program), before.nbytes
 

@@ -1,24 +1,6 @@
 """How wrong an implicit hypergradient can be: rigorous bounds, and estimates."""
 
-from memmeta.certificate._bound import (
-    Constants,
-    Measured,
-    bound,
-    certify,
-    deviations_from,
-    distance_bound,
-    measure,
-)
+from memmeta.certificate._bound import Constants, certify, deviations_from
 from memmeta.certificate._estimate import Certificate, estimate
 
-__all__ = [
-    "Certificate",
-    "Constants",
-    "Measured",
-    "bound",
-    "certify",
-    "deviations_from",
-    "distance_bound",
-    "estimate",
-    "measure",
-]
+__all__ = ["Certificate", "Constants", "certify", "deviations_from", "estimate"]

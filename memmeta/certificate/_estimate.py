@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import trees
-from memmeta.linear_solve import extreme_eigenvalues, power_iteration
+from memmeta import _trees as trees
+from memmeta.linear_solve import extreme_eigenvalues
 from memmeta.linear_solve._solution import dot
+from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.problem import (
     Context,
     Params,

@@ -72,10 +72,9 @@ class Augmentation:
         if self.mean is None:
             return images
         scale = jnp.float32(255 if images.dtype == jnp.uint8 else 1)
-        mean = jnp.asarray(self.mean, jnp.float32)
-        return (images.astype(jnp.float32) / scale - mean) / jnp.asarray(
-            self.deviation, jnp.float32
-        )
+        mean, deviation = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.deviation))
+        normal: Array = (images.astype(jnp.float32) / scale - mean) / deviation
+        return normal
 
 
 def _crop(key: PRNGKeyArray, images: Array, padding: int) -> Array:

@@ -323,8 +323,9 @@ def _ends(value: int | tuple[int, int]) -> tuple[int, int]:
 def _between(key: PRNGKeyArray, value: int | tuple[int, int]) -> Int32[Array, ""]:
     least, most = _ends(value)
     if least == most:
-        return jnp.int32(most)
-    return jax.random.randint(key, (), least, most + 1, jnp.int32)
+        return jnp.asarray(most, jnp.int32)
+    drawn: Array = jax.random.randint(key, (), least, most + 1, jnp.int32)
+    return drawn
 
 
 def _draw(

@@ -50,7 +50,8 @@ class HostDataset:
         examples = np.zeros((*inputs.shape, *self.example_shape), self.rows.dtype)
         for row, (numbers, count) in enumerate(zip(inputs, self.index.count, strict=True)):
             examples[row, :count] = self.rows[numbers[:count]]
-        return jax.tree.map(jnp.asarray, replace(self.index, inputs=examples))
+        gathered: Dataset = jax.tree.map(jnp.asarray, replace(self.index, inputs=examples))
+        return gathered
 
 
 def on_host(dataset: Dataset) -> HostDataset:
@@ -133,7 +134,8 @@ class HostEpisodes:
             support_inputs=jnp.asarray(dataset.rows[support]),
             query_inputs=jnp.asarray(dataset.rows[query]),
         )
-        return _finish(self.episodes, gathered, key, tasks, number)
+        finished: Task = _finish(self.episodes, gathered, key, tasks, number)
+        return finished
 
     def stream(self, dataset: HostDataset, keys: Iterable[Array], tasks: int) -> Iterator[Task]:
         """Draw a batch for each key in turn; the next two are made ready while one is in use.

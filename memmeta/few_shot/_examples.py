@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.problem import Scalar
 
 Loss: TypeAlias = Callable[[Array, Array], Float[Array, " n"]]
@@ -82,7 +82,8 @@ def cross_entropies(
 ) -> Float[Array, " n"]:
     """−log softmax(outputs)[target] over the task's own classes; infinite for any other target."""
     logits = jnp.where(classes, outputs, -jnp.inf)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    losses: Array = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return losses
 
 
 def squared_errors(

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.few_shot._examples import present
 
 HeadParams: TypeAlias = dict[str, Float[Array, "..."]]

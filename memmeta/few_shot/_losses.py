@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.few_shot._curvature import squared_norm_bound
 from memmeta.few_shot._examples import (
     classes_of,

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.few_shot._examples import Loss, of_examples, present, query_mean, support_mean
 from memmeta.few_shot._head import HeadContext
 from memmeta.few_shot._losses import linear_head_problem
@@ -224,7 +225,7 @@ def network_problem(
 def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
-    def chosen(path: tuple, _: Any) -> bool:
+    def chosen(path: tuple[Any, ...], _: Any) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if callable(adapts):
             return bool(adapts(name))

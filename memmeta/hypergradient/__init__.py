@@ -1,6 +1,6 @@
 """Hypergradient estimators: one file each, all behind one seam."""
 
-from memmeta.hypergradient._catalogue import ESTIMATORS, Entry
+from memmeta.hypergradient._catalogue import ESTIMATORS
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
@@ -25,7 +25,6 @@ from memmeta.hypergradient._unrolled import unrolled
 __all__ = [
     "ESTIMATORS",
     "Chunk",
-    "Entry",
     "Estimator",
     "Hypergradient",
     "Memory",

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.problem import MetaParams, Scalar
 
 
@@ -31,7 +31,8 @@ def step_length(scale: float | None, tree: Any) -> float:
     if scale is not None:
         return scale
     leaves = [leaf for leaf in jax.tree.leaves(tree) if trees.is_inexact(leaf)]
-    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0) ** (1 / 3)
+    coarsest = max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=1.0)
+    return float(coarsest ** (1 / 3))
 
 
 def shifted(floats: MetaParams, direction: MetaParams, length: float | Scalar) -> MetaParams:

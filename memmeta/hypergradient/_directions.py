@@ -7,13 +7,13 @@ meta-step: one tangent of the size of θ, whatever the number of tasks.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.certificate._estimate import error_of_loop
 from memmeta.hypergradient._estimator import (
     Embedded,
@@ -24,7 +24,8 @@ from memmeta.hypergradient._estimator import (
 )
 from memmeta.hypergradient._seam import Chunk, Report
 from memmeta.hypergradient._unrolled import has_known_curvature
-from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner._loop import widened
 from memmeta.inner._solver import require_derivative_at_zero
 from memmeta.problem import Batch, MetaParams, Problem, Scalar, SplitContext
 
@@ -40,7 +41,8 @@ def losses_and_reports(
         loss, aux = all_tasks.problem.outer_loss(state.params, context.whole)
         return loss, aux, reported(inner, all_tasks, state, context, estimate_error)
 
-    return over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
+    found: tuple[Array, PyTree, Report] = over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
+    return found
 
 
 def reported(
@@ -102,7 +104,8 @@ def task_losses(
             params = inner.run(wide_problem, wide, context, key).params
             return wide_problem.outer_loss(params, context)[0]
 
-        return over_tasks(one_task, chunk.tasks, task_keys(chunk))
+        all_losses: Array = over_tasks(one_task, chunk.tasks, task_keys(chunk))
+        return all_losses
 
     return losses
 
@@ -143,7 +146,7 @@ def along_directions(
     usable = jnp.all(jnp.isfinite(along), axis=0) & (weights > 0)
     shares = jnp.where(usable, along * weights.astype(along.dtype), 0).sum(axis=1) / directions
 
-    def add(gradient: MetaParams, drawn: tuple) -> tuple[MetaParams, None]:
+    def add(gradient: MetaParams, drawn: tuple[Any, ...]) -> tuple[MetaParams, None]:
         share, direction = drawn[0], draw(drawn[1])
         return jax.tree.map(lambda g, u: g + share.astype(g.dtype) * u, gradient, direction), None
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
-from memmeta.inner import InnerLoop, InnerState, widened
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.inner._loop import widened
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 
@@ -64,7 +65,7 @@ class Embedded(NamedTuple):
     """A chunk of tasks in the space of their contexts.
 
     Attributes:
-        problem: as a function of wide parameters, see `memmeta.inner.widened`.
+        problem: as a function of wide parameters, see `widened`.
         start: φ₀, wide.
         contexts: of all tasks, with a leading axis.
         dependent: (a tree like φ₀) -> its leaves at which φ₀ depends on θ, None elsewhere.
@@ -88,7 +89,7 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
 
     reached, start_reached = trees.dependence(embed, floats)
 
-    def active_parts(floats: MetaParams) -> tuple[tuple, tuple]:
+    def active_parts(floats: MetaParams) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         contexts, start = embed(floats)
         active, passive = trees.split(contexts, reached)
         moving, _ = trees.split(start, start_reached)

@@ -3,7 +3,8 @@ r"""Antithetic evolution strategies: no derivative at all."""
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient._differences import shifted
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._estimator import refuse_memory

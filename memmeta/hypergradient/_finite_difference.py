@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._directions import along_directions, reported
 from memmeta.hypergradient._estimator import (
@@ -21,7 +22,8 @@ from memmeta.hypergradient._estimator import (
 )
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
-from memmeta.inner import InnerLoop, widened
+from memmeta.inner import InnerLoop
+from memmeta.inner._loop import widened
 from memmeta.problem import Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 

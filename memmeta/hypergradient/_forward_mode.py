@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._estimator import refuse_memory
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
@@ -58,7 +59,8 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             try:
-                return jax.jvp(losses, (floats,), (direction,))[1]
+                change: Array = jax.jvp(losses, (floats,), (direction,))[1]
+                return change
             except TypeError as error:
                 if "forward-mode" not in str(error):
                     raise

@@ -11,10 +11,12 @@ from typing import Any, TypeAlias
 
 import jax
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
-Products: TypeAlias = Callable[[Callable, Params, Context, Params], tuple[Params, Context]]
+Products: TypeAlias = Callable[
+    [Callable[..., Any], Params, Context, Params], tuple[Params, Context]
+]
 """(both gradients of g, φ, c, u) -> (∂²_φφ g u, ∂²_cφ g u)."""
 
 
@@ -51,26 +53,26 @@ def _ruled(loss: Callable[..., Scalar], products: Products) -> Callable[..., Sca
     both = jax.grad(loss, argnums=(1, 2))
 
     @jax.custom_vjp
-    def gradient(values: list, params: Params, context: Context) -> Params:
+    def gradient(values: list[Any], params: Params, context: Context) -> Params:
         return both(values, params, context)[0]
 
-    def gradient_forward(*arguments: Any) -> tuple[Params, tuple]:
+    def gradient_forward(*arguments: Any) -> tuple[Params, tuple[Any, ...]]:
         return gradient(*arguments), arguments
 
-    def gradient_backward(arguments: tuple, u: Params) -> tuple[None, Params, Context]:
+    def gradient_backward(arguments: tuple[Any, ...], u: Params) -> tuple[None, Params, Context]:
         values, params, context = arguments
         return None, *products(partial(both, values), params, context, u)
 
     gradient.defvjp(gradient_forward, gradient_backward)
 
     @jax.custom_vjp
-    def ruled(values: list, params: Params, context: Context) -> Scalar:
+    def ruled(values: list[Any], params: Params, context: Context) -> Scalar:
         return loss(values, params, context)
 
-    def forward(*arguments: Any) -> tuple[Scalar, tuple]:
+    def forward(*arguments: Any) -> tuple[Scalar, tuple[Any, ...]]:
         return ruled(*arguments), arguments
 
-    def backward(arguments: tuple, scale: Scalar) -> tuple[None, Params, Context]:
+    def backward(arguments: tuple[Any, ...], scale: Scalar) -> tuple[None, Params, Context]:
         slopes = gradient(*arguments), both(*arguments)[1]
         return None, *jax.tree.map(lambda slope: scale.astype(slope.dtype) * slope, slopes)
 

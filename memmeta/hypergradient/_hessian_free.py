@@ -2,12 +2,14 @@ r"""The unrolled inner loop with Hessian products by differences of inner gradie
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._gradient_rules import with_products
@@ -64,9 +66,12 @@ def hessian_free(scale: float | None = None, *, estimate_error: bool = False) ->
 
 
 def _products(
-    scale: float, both: Callable, params: Params, context: Context, u: Params
+    scale: float, both: Callable[..., Any], params: Params, context: Context, u: Params
 ) -> tuple[Params, Context]:
     length = trees.norm(u)
     step = scale / jnp.where(length > 0, length, 1)
     plus, minus = (both(shifted(params, u, sign * step), context) for sign in (1.0, -1.0))
-    return jax.tree.map(lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus)
+    quotients: tuple[Params, Context] = jax.tree.map(
+        lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus
+    )
+    return quotients

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import trees
-from memmeta.certificate import Measured
-from memmeta.certificate._bound import certify_measured
+from memmeta import _trees as trees
+from memmeta.certificate._bound import Measured, certify_measured
 from memmeta.certificate._estimate import Residuals, given_curvature, residuals, second_look
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._on_demand import until

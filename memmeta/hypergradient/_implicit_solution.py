@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.hypergradient._estimator import report_of_loop
 from memmeta.hypergradient._seam import Report
-from memmeta.inner import InnerLoop, widened
+from memmeta.inner import InnerLoop
+from memmeta.inner._loop import widened
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
 
@@ -65,7 +66,7 @@ def implicit_solution(
         return state.params, report_of_loop(state)
 
     @solve.defjvp
-    def solve_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    def solve_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         floats, others, active, passive = primals
         here, _, _ = widened(problem, trees.merge(floats, others))
         params, report = solve(*primals)
@@ -77,7 +78,7 @@ def implicit_solution(
         def product(vector: Params) -> Params:
             return jax.jvp(lambda p: slope(p, active), (params,), (vector,))[1]
 
-        def inverse(product: Callable, b: Params) -> Params:
+        def inverse(product: Callable[..., Any], b: Params) -> Params:
             return solver(product, b, **where).value
 
         _, change = jax.jvp(lambda a: slope(params, a), (active,), (tangents[2],))

@@ -2,6 +2,7 @@ r"""Forward-over-reverse differentiation of the unrolled inner loop (MixFlow-MG)
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -39,9 +40,10 @@ def mixed_mode(*, estimate_error: bool = True) -> Estimator:
     """
 
     def products(
-        both: Callable, params: Params, context: Context, u: Params
+        both: Callable[..., Any], params: Params, context: Context, u: Params
     ) -> tuple[Params, Context]:
-        return jax.jvp(lambda phi: both(phi, context), (params,), (u,))[1]
+        change: tuple[Params, Context] = jax.jvp(lambda p: both(p, context), (params,), (u,))[1]
+        return change
 
     def loop(
         problem: Problem, inner: InnerLoop, state: InnerState, context: Context, key: Array

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import trees
-from memmeta.certificate import Measured, estimate
-from memmeta.certificate._bound import certify_measured
+from memmeta import _trees as trees
+from memmeta.certificate import estimate
+from memmeta.certificate._bound import Measured, certify_measured
 from memmeta.hypergradient._estimator import TaskStart
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.linear_solve import LinearSolver

@@ -11,13 +11,14 @@ The number of features appears in the Gram matrices only.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.certificate._estimate import error_of_claimed
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
@@ -168,11 +169,12 @@ def _reduced_problem(head: LinearHead, smoothness: Scalar, support: Support) -> 
     loss, values = trees.hoisted(head.support_loss, support.logits)
 
     @jax.custom_jvp
-    def ruled(values: list, alpha: Coefficients, support: Support) -> Scalar:
-        return loss(values, _logits(alpha, support)) + 0.5 * support.ridge * _square(alpha, support)
+    def ruled(values: list[Any], alpha: Coefficients, support: Support) -> Scalar:
+        fit: Array = loss(values, _logits(alpha, support))
+        return fit + 0.5 * support.ridge * _square(alpha, support)
 
     @ruled.defjvp
-    def ruled_jvp(primals: tuple, tangents: tuple) -> tuple[Scalar, Scalar]:
+    def ruled_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Scalar, Scalar]:
         values, alpha, support = primals
         slope = _field(partial(loss, values))(alpha, support)
         return ruled(*primals), dot(slope, tangents[1])
@@ -206,17 +208,22 @@ def _through_steps(
     flat, unravel = trees.ravel(support)
 
     def final(support: Support) -> Coefficients:
-        return inner.run(reduced, _first(support), support, key).params
+        params: Coefficients = inner.run(reduced, _first(support), support, key).params
+        return params
 
     def one(index: Array) -> Scalar:
         tangent = unravel(jnp.zeros_like(flat).at[index].set(1))
         change = jax.jvp(final, (support,), (tangent,))[1]
         return dot(change, alpha_bar)
 
-    return unravel(jax.lax.map(one, jnp.arange(flat.size), batch_size=min(WIDTH, flat.size)))
+    along = jax.lax.map(one, jnp.arange(flat.size), batch_size=min(WIDTH, flat.size))
+    cotangent: Support = unravel(along)
+    return cotangent
 
 
-def _multipliers(transposed: Callable, alpha_bar: Coefficients, support: Support) -> LinearSolution:
+def _multipliers(
+    transposed: Callable[..., Any], alpha_bar: Coefficients, support: Support
+) -> LinearSolution:
     """λ with (∂_α r)ᵀ λ = ᾱ, by a dense solve."""
     flat, unravel = trees.ravel(alpha_bar)
     rows = jax.vmap(lambda e: trees.ravel(transposed(unravel(e))[0])[0])(

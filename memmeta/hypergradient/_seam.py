@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Params, Problem
 

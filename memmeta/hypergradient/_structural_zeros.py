@@ -6,9 +6,10 @@ from typing import TypeAlias
 import jax
 from jaxtyping import Array, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.hypergradient._seam import Chunk
-from memmeta.inner import InnerLoop, widened
+from memmeta.inner import InnerLoop
+from memmeta.inner._loop import widened
 from memmeta.problem import Context, MetaParams, Params, Problem
 
 Seen: TypeAlias = Callable[[Problem, InnerLoop, Params, Context, Key[Array, ""]], PyTree]

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from memmeta.inner._descent import accelerated, gradient_descent, largest_curvature
-from memmeta.inner._loop import InnerLoop, InnerState, widened
+from memmeta.inner._descent import accelerated, gradient_descent
+from memmeta.inner._loop import InnerLoop, InnerState
 from memmeta.inner._newton import newton
-from memmeta.inner._solver import InnerSolver, from_optax
+from memmeta.inner._solver import InnerSolver
 
 SOLVERS: dict[str, Callable[[], InnerSolver]] = {
     "accelerated": accelerated,
@@ -20,9 +20,6 @@ __all__ = [
     "InnerSolver",
     "InnerState",
     "accelerated",
-    "from_optax",
     "gradient_descent",
-    "largest_curvature",
     "newton",
-    "widened",
 ]

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.inner._solver import InnerSolver, rounding
-from memmeta.linear_solve import power_iteration
+from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.problem import Context, Params, Problem, Scalar, hessian_product
 
 POWER_STEPS = 8

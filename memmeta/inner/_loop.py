@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
 from memmeta.problem import Context, Params, Problem, Scalar
@@ -35,7 +36,7 @@ class InnerState(NamedTuple):
     steps: Int32[Array, ""]
 
 
-def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable]:
+def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable[..., Any]]:
     """The problem in φ's floating-point leaves alone, and those in float32 at least.
 
     Small steps on bfloat16 parameters would be lost to rounding: the iterates, and every vector
@@ -138,7 +139,7 @@ class InnerLoop:
         limit = jax.lax.optimization_barrier(jnp.int32(self.steps))
 
         def unfinished(state: InnerState) -> Bool[Array, ""]:
-            more = state.steps < limit
+            more: Array = state.steps < limit
             if self.tolerance is not None:
                 more &= ~(state.gradient_norm <= self.tolerance)
             return more
@@ -162,7 +163,7 @@ class InnerLoop:
         context: Context,
         key: Key[Array, ""],
         steps: int,
-        step_transform: Callable[[Callable], Callable] = lambda step: step,
+        step_transform: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda step: step,
     ) -> InnerState:
         """Make `steps` further steps under `lax.scan`, which can be differentiated in reverse.
 

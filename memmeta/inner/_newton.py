@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar

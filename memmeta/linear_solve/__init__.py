@@ -8,7 +8,7 @@ from memmeta.linear_solve._jacobi import jacobi
 from memmeta.linear_solve._minres import minres
 from memmeta.linear_solve._neumann import neumann
 from memmeta.linear_solve._solution import LinearSolution, LinearSolver, explain, make_solver
-from memmeta.linear_solve._spectrum import extreme_eigenvalues, power_iteration
+from memmeta.linear_solve._spectrum import extreme_eigenvalues
 from memmeta.linear_solve._woodbury import woodbury
 
 SOLVERS: dict[str, Callable[..., LinearSolver]] = {
@@ -32,6 +32,5 @@ __all__ = [
     "make_solver",
     "minres",
     "neumann",
-    "power_iteration",
     "woodbury",
 ]

@@ -1,12 +1,14 @@
 """Conjugate gradients, for positive definite systems."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import (
     LinearSolver,
     Operator,
@@ -59,7 +61,7 @@ def cg(
         length = dot(b, b)
         eps = jnp.finfo(length.dtype).eps
 
-        def body(carry: tuple, _: None) -> tuple[tuple, None]:
+        def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             x, r, p, rr, size, smallest, count = carry
             image = operator.product(p)
             bend, square = dot(p, image), dot(p, p)

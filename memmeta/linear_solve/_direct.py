@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, make_solver
 
 

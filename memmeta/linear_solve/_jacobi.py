@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import Product, Vector
 
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import (
     LinearSolver,
     Operator,
@@ -67,7 +69,7 @@ def minres(
     return make_solver(method, damping, diagonal)
 
 
-def _step(operator: Operator, carry: tuple, _: None) -> tuple[tuple, None]:
+def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
     """One Lanczos step, and the rotation that makes the residual minimal."""
     x, r, (v, v_old), (d, d_old), (ad, ad_old), rotation, smallest, going, count = carry
     beta, c, s, delta1, epsilon, phi, size = rotation

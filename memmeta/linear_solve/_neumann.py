@@ -1,10 +1,13 @@
 """The Neumann series: gradient descent on the quadratic form, one product a term."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, axpy, dot, make_solver
 from memmeta.linear_solve._spectrum import power_iteration
 
@@ -48,7 +51,7 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
         else:
             largest = jnp.full_like(square, 1 / rate)
 
-        def body(carry: tuple, _: None) -> tuple[tuple, None]:
+        def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             x, r, rr, largest, smallest, count = carry
             image = operator.product(r)
             # of a residual that is rounding alone, squares underflow and show a curvature of zero

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.problem import Context, Params, Problem
 
 Vector: TypeAlias = Any
@@ -164,7 +165,11 @@ def _cast(tree: Vector, like: Vector) -> Vector:
 
 
 def _scaled_operator(
-    image: Product, damped: Product, damping: float, diagonal: Callable | None, like: Vector
+    image: Product,
+    damped: Product,
+    damping: float,
+    diagonal: Callable[..., Any] | None,
+    like: Vector,
 ) -> tuple[Operator, Product]:
     if diagonal is None:
         scaling: Product = lambda x: x  # noqa: E731
@@ -243,7 +248,7 @@ def useful_steps(steps: int, b: Vector) -> int:
         >>> useful_steps(20, jnp.ones(2))
         4
     """
-    return min(steps, 2 * sum(leaf.size for leaf in jax.tree.leaves(b)))
+    return min(steps, 2 * sum(int(leaf.size) for leaf in jax.tree.leaves(b)))
 
 
 def explain(solution: LinearSolution, tolerance: float = 1e-3) -> str:

@@ -1,10 +1,12 @@
 """Extreme eigenvalues of a symmetric operator that is known by its products only."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.linear_solve._solution import Product, Vector, unit
 
 
@@ -43,7 +45,7 @@ def extreme_eigenvalues(
             vector -= basis.T @ (basis @ vector)
         return vector
 
-    def body(carry: tuple, index: Array) -> tuple[tuple, tuple]:
+    def body(carry: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         q, basis, scale = carry
         basis = basis.at[index].set(q)
         image = trees.ravel(product(unflatten(q)))[0]

@@ -85,7 +85,8 @@ def _refined(
     def inverse(b: Array) -> Array:
         right = curvature @ (features @ b).reshape(-1)
         inner = jax.scipy.linalg.lu_solve(factors, right).reshape(samples, ways)
-        return (b - features.T @ inner) / ridge
+        outer: Array = (b - features.T @ inner) / ridge
+        return outer
 
     x = inverse(stacked(b))
     for _ in range(REFINEMENTS):

@@ -2,14 +2,13 @@
 
 from memmeta.meta._evaluation import Evaluation, Interval, confidence_interval, evaluate
 from memmeta.meta._explain import explain
-from memmeta.meta._mesh import TASKS, task_mesh
+from memmeta.meta._mesh import task_mesh
 from memmeta.meta._metrics import Counts, Guard, Metrics, TaskMetrics, guard
 from memmeta.meta._rates import Proposal, propose
-from memmeta.meta._step import MetaState, MetaStep, TaskChunk, make_meta_step
+from memmeta.meta._step import MetaState, MetaStep, make_meta_step
 from memmeta.meta._warm_start import WarmStart, WarmState
 
 __all__ = [
-    "TASKS",
     "Counts",
     "Evaluation",
     "Guard",
@@ -18,7 +17,6 @@ __all__ = [
     "MetaStep",
     "Metrics",
     "Proposal",
-    "TaskChunk",
     "TaskMetrics",
     "WarmStart",
     "WarmState",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from memmeta import trees
+from memmeta import _trees as trees
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
 
@@ -72,7 +72,9 @@ def evaluate(
         loss, aux = problem.outer_loss(params, context)
         return Evaluation(loss, aux, jnp.isfinite(loss))
 
-    return jax.lax.map(one_task, (jnp.arange(count), tasks), batch_size=task_chunk or count)
+    numbered = (jnp.arange(count), tasks)
+    found: Evaluation = jax.lax.map(one_task, numbered, batch_size=task_chunk or count)
+    return found
 
 
 class Interval(NamedTuple):

@@ -52,7 +52,9 @@ def shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[TASKS]
 
 
-def spread(mesh: Mesh | None, function: Callable, split: int, out: Any) -> Callable:
+def spread(
+    mesh: Mesh | None, function: Callable[..., Any], split: int, out: Any
+) -> Callable[..., Any]:
     """Run a function on every device, the last `split` arguments cut along their leading axis.
 
     Args:
@@ -85,7 +87,7 @@ def spread(mesh: Mesh | None, function: Callable, split: int, out: Any) -> Calla
     return spread_out
 
 
-def draw(mesh: Mesh | None, sample: Callable, count: int) -> Callable[..., PyTree]:
+def draw(mesh: Mesh | None, sample: Callable[..., Any], count: int) -> Callable[..., PyTree]:
     """Draw a batch where it will be used, the same whatever the number of devices.
 
     Args:
@@ -126,10 +128,12 @@ def place(mesh: Mesh | None, tree: PyTree, spec: P = P()) -> PyTree:
 
 def _put(leaf: Array, sharding: NamedSharding) -> Array:
     if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
-        return jax.device_put(leaf, sharding)
+        moved: Array = jax.device_put(leaf, sharding)
+        return moved
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        keys: Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return keys
     # some of the devices are other processes': each process brings its own devices' part
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])

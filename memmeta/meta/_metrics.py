@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient import Report
 from memmeta.problem import MetaParams, Scalar
 
@@ -206,7 +207,7 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
         used=summed.used.astype(jnp.int32),
-        counts=Counts(*counts, refused=jnp.int32(0)),
+        counts=Counts(*[*counts, jnp.int32(0)]),
         tasks=tasks,
     )
 

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from memmeta import _checks, certificate, trees
+from memmeta import _checks, certificate
+from memmeta import _trees as trees
+from memmeta.certificate._bound import bound, distance_bound, measure
 from memmeta.hypergradient import implicit
 from memmeta.inner import InnerLoop, accelerated
-from memmeta.linear_solve import cg, extreme_eigenvalues, power_iteration
+from memmeta.linear_solve import cg, extreme_eigenvalues
+from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.meta._step import MetaStep, make_meta_step
 from memmeta.problem import Batch, Context, MetaParams, Problem, Scalar, hessian_product
 
@@ -82,7 +85,7 @@ def propose(problem: Problem, meta_params: MetaParams, tasks: Batch, accuracy: f
                {\ln\frac{\sqrt\kappa + 1}{\sqrt\kappa - 1}}, \qquad b^2 = \epsilon/3$$
     $$\eta = 1/L_F, \qquad |B| = 3 \sigma^2/\epsilon, \qquad T = 6 L_F F(\theta_0)/\epsilon$$
 
-    with A, B as in `certificate.bound` times a measured ‖∂c/∂θ‖, and δ₀ = ‖∇_φ g(φ₀)‖/μ.
+    with A, B as in the certificate times a measured ‖∂c/∂θ‖, and δ₀ = ‖∇_φ g(φ₀)‖/μ.
 
     Args:
         problem: the problem. What it does not give (L, μ, deviations) is measured.
@@ -187,18 +190,18 @@ def _inner(problem: Problem, meta_params: MetaParams, task: Any) -> _Inner:
     if problem.strong_convexity is not None:
         smallest = problem.strong_convexity(context).astype(smallest.dtype)
     first = trees.norm(jax.grad(problem.inner_loss)(start, context))
-    distance = certificate.distance_bound(first, smallest)
+    distance = distance_bound(first, smallest)
     deviations = problem.structure.deviations
     if deviations is None or problem.strong_convexity is None:
         found = certificate.estimate(problem, start, solution, context)
         a = found.inner / jnp.where(found.distance > 0, found.distance, 1)
-        residual = certificate.measure(problem, start, solution, context).residual
+        residual = measure(problem, start, solution, context).residual
         amplification = found.linear / jnp.where(residual > 0, residual, 1)
     else:
         here = deviations(problem, params, solution, distance, context)
         here = here._replace(embedding=jnp.ones_like(here.embedding))
         # a residual of 1 leaves its factor
-        found = certificate.bound(here, distance, jnp.ones_like(distance))
+        found = bound(here, distance, jnp.ones_like(distance))
         a, amplification = found.inner / jnp.where(distance > 0, distance, 1), found.linear
     embedding = _embedding_norm(problem, meta_params, task)
     amplified = embedding * amplification * trees.norm(outer)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, hypergradient, trees
+from memmeta import _checks, hypergradient
+from memmeta import _trees as trees
 from memmeta.hypergradient import Chunk, Estimator, Memory
 from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
@@ -132,7 +133,10 @@ class MetaStep:
         guard = self.guard and self.guard.init(
             jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
         )
-        return place(self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard))
+        state: MetaState = place(
+            self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard)
+        )
+        return state
 
     def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """One compiled meta-step; `state` is donated, unless the step is `strict`.

@@ -14,11 +14,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key, PyTree
 
-from memmeta import _checks, trees
+from memmeta import _checks
+from memmeta import _trees as trees
 from memmeta.hypergradient import Memory
-from memmeta.inner import widened
+from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
-from memmeta.meta._step import MetaState, MetaStep, Metrics
+from memmeta.meta._metrics import Metrics
+from memmeta.meta._step import MetaState, MetaStep
 from memmeta.problem import Batch, MetaParams
 
 
@@ -130,7 +132,8 @@ class WarmStart:
         """
         self._check(tasks, numbers)
         if not self.on_host:
-            return self.compiled(state, tasks, numbers)
+            updated: tuple[WarmState, Metrics] = self.compiled(state, tasks, numbers)
+            return updated
         rows = np.asarray(numbers)
         memory = jax.tree.map(lambda leaf: leaf[rows], state.memory)
         tasks, memory = place(self.step.mesh, (tasks, memory), P(TASKS))

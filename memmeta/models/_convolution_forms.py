@@ -102,7 +102,8 @@ def kernel_gradient_in_turn(
 def _in_turn(function: Callable[[Array, Array], Array], first: Array, second: Array) -> Array:
     if first.shape[0] == 1:
         return function(first[0], second[0])[None]
-    return lax.map(lambda pair: function(*pair), (first, second))
+    images: Array = lax.map(lambda pair: function(*pair), (first, second))
+    return images
 
 
 def _kernel_gradient_by_chunks(
@@ -170,4 +171,5 @@ def _kernel_gradient_as_convolution(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=at_least_float32(images.dtype),
     )
-    return lax.optimization_barrier(gradient).transpose(1, 2, 0, 3)
+    kernel: Array = lax.optimization_barrier(gradient).transpose(1, 2, 0, 3)
+    return kernel

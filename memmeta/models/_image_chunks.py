@@ -50,7 +50,8 @@ def map_chunks(function: Callable[[Images], Array], images: Images) -> Float[Arr
     remade = jax.checkpoint(function, prevent_cse=False)
     size = images_at_a_time(count, height * width, POSITIONS)
     if size >= count or jax.default_backend() != "cpu":
-        return remade(images)
+        whole_batch: Array = remade(images)
+        return whole_batch
     whole = count // size * size
     found = lax.map(remade, images[:whole].reshape(-1, size, *images.shape[1:]))
     found = found.reshape(whole, *found.shape[2:])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32
 
+from memmeta._trees import is_inexact
 from memmeta.data import Dataset, HostDataset
-from memmeta.meta._step import MetaState, MetaStep, Metrics
+from memmeta.meta import MetaState, MetaStep, Metrics
 from memmeta.problem import Batch
-from memmeta.trees import is_inexact
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import typing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
 import optax
@@ -18,6 +18,11 @@ from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
 
+if TYPE_CHECKING:
+    Method: TypeAlias = str
+else:
+    Method = Literal[tuple(algorithms.METHODS)]  # the command line shows the choices
+
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
@@ -27,7 +32,7 @@ class UserError(Exception):
 class Config:
     """Options of a training run."""
 
-    method: algorithms.Name = "memory_reduced"
+    method: Method = "memory_reduced"
     """Which method of the literature to train."""
     data: str = "glyphs"
     """Data set: its train split is trained on, its test split is reported on."""
@@ -225,7 +230,8 @@ class Config:
         if "inner" in known:
             steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
             given["inner"] = self._inner(known["inner"].default, steps)
-        return method(network, statistics=self.statistics, **given)
+        learner: Learner = method(network, statistics=self.statistics, **given)
+        return learner
 
     def _inner(self, default: InnerLoop, steps: int | None) -> InnerLoop:
         solver = default.solver if self.inner_rate is None else optax.sgd(self.inner_rate)
@@ -294,7 +300,7 @@ def _said(kind: Any) -> str:
     if kinds := typing.get_args(kind):
         return " or ".join(_said(each) for each in kinds)
     names = {int: "a whole number below 2³¹", float: "a finite number", type(None): "nothing"}
-    return names.get(kind, kind.__name__)
+    return names.get(kind) or str(kind.__name__)
 
 
 def _require(name: str, found: Any, holds: bool, expected: str) -> None:

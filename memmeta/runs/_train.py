@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memmeta.meta import MetaState, Metrics
 from memmeta.meta import _mesh as mesh_of
-from memmeta.meta._step import MetaState, Metrics
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
@@ -63,7 +63,7 @@ def train(
             state, metrics = block(state, trainer.splits["train"], count)
             jax.block_until_ready(state)
             seconds = time.perf_counter() - began
-            if strict and sum(int(count) for count in metrics.counts):
+            if strict and any(int(number) for number in metrics.counts):
                 raise _stop(trainer, block, folder, before)
             step += count
             line = log_point(step, metrics, count * config.tasks / seconds)
@@ -113,7 +113,7 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
     while True:
         before = jax.tree.map(jnp.copy, state)
         state, metrics = block(state, dataset, 1)
-        if sum(int(count) for count in metrics.counts):
+        if any(int(number) for number in metrics.counts):
             break
     step = int(before.step)
     _save(folder, trainer.config, step, before)

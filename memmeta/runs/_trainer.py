@@ -119,9 +119,11 @@ class Trainer:
         @partial(jax.jit, out_shardings=self.everywhere)
         def accuracies(theta: MetaParams, tasks: Batch) -> Float[Array, " tasks"]:
             def judged(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
-                return learner.evaluate(theta, tasks).aux["accuracy"]
+                accuracy: Array = learner.evaluate(theta, tasks).aux["accuracy"]
+                return accuracy
 
-            return mesh_of.spread(mesh, judged, split=1, out=True)(theta, tasks)
+            accuracies: Array = mesh_of.spread(mesh, judged, split=1, out=True)(theta, tasks)
+            return accuracies
 
         def evaluate(
             state: MetaState, split: str, episodes: Episodes, count: int, tag: int
@@ -156,7 +158,8 @@ def _drawn(
 def _here(key: Key[Array, ""]) -> Key[Array, ""]:
     """A key that is on all devices, on this process's own: what is drawn by it is not on all."""
     words = jnp.asarray(np.asarray(jax.random.key_data(key)))
-    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    restored: Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+    return restored
 
 
 def _index(split: Dataset | HostDataset) -> Dataset:

@@ -1,7 +1,6 @@
 """The literature's methods, each a few lines: who adapts × inner loop × estimator."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
 
 from memmeta.few_shot.algorithms._closed_form import protonet, r2d2
 from memmeta.few_shot.algorithms._implicit import amigo, imaml, memory_reduced, stocbio
@@ -9,25 +8,7 @@ from memmeta.few_shot.algorithms._learner import Learner
 from memmeta.few_shot.algorithms._steps import anil, boil, itd_bio, maml, meta_sgd
 from memmeta.few_shot.algorithms._without_hessians import fomaml, pzobo, reptile
 
-Name: TypeAlias = Literal[
-    "memory_reduced",
-    "maml",
-    "anil",
-    "fomaml",
-    "reptile",
-    "boil",
-    "imaml",
-    "itd_bio",
-    "stocbio",
-    "amigo",
-    "pzobo",
-    "meta_sgd",
-    "r2d2",
-    "protonet",
-]
-"""The methods' names, as the command line takes them."""
-
-METHODS: dict[Name, Callable[..., Learner]] = {
+METHODS: dict[str, Callable[..., Learner]] = {
     "memory_reduced": memory_reduced,
     "maml": maml,
     "anil": anil,
@@ -48,7 +29,6 @@ METHODS: dict[Name, Callable[..., Learner]] = {
 __all__ = [
     "METHODS",
     "Learner",
-    "Name",
     "amigo",
     "anil",
     "boil",

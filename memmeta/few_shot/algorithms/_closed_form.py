@@ -50,7 +50,7 @@ def closed_form_problem(
         return ClosedFormContext(head, others)
 
     def inner_loss(params: Params, context: ClosedFormContext) -> Scalar:
-        return jnp.float32(0)
+        return jnp.zeros((), jnp.float32)
 
     def outer_loss(params: Params, context: ClosedFormContext) -> tuple[Scalar, Any]:
         targets = (context.head.query_targets, context.head.support_targets)
@@ -104,7 +104,8 @@ def r2d2(
         scale = others["scale"]
         if not are_classes(context.head.support_targets):
             scale = scale / LOGITS_SCALE
-        return scale * values + others["shift"]
+        logits: Array = scale * values + others["shift"]
+        return logits
 
     def init(key: Key[Array, ""]) -> MetaParams:
         calibration = {"log_ridge": jnp.log(ridge), "scale": LOGITS_SCALE, "shift": 0.0}

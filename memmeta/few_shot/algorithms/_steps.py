@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from memmeta import _checks, hypergradient, trees
+from memmeta import _checks, hypergradient
+from memmeta import _trees as trees
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
@@ -222,7 +223,8 @@ def meta_sgd(
         return {"body": theta["body"], "head": theta["head"]}
 
     def embed(theta: MetaParams, task: Task) -> NetworkContext:
-        return base.embed(parts(theta), task)._replace(rates=theta["rates"])
+        context: NetworkContext = base.embed(parts(theta), task)
+        return context._replace(rates=theta["rates"])
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         theta = network.init(key)

@@ -86,7 +86,9 @@ def in_page_colours(svg: str, name: str) -> str:
     return svg.replace("'DejaVu Sans'", "system-ui").replace("<svg ", '<svg role="img" ', 1)
 
 
-def points(lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list, list]:
+def points(
+    lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0
+) -> tuple[list[int], list[float]]:
     """The steps and values of one figure, where it is known."""
     known = [line for line in lines if line.get(key) is not None]
     return [line["step"] for line in known], [scale * line[key] for line in known]

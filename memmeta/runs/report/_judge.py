@@ -131,7 +131,9 @@ def by_group(
     @jax.jit
     def accuracies(meta_params: MetaParams, dataset: Dataset, key: Array) -> Array:
         tasks = sampler.sample_batch(dataset, key, count)
-        return learner.evaluate(meta_params, tasks, task_chunk=min(count, 10)).aux["accuracy"]
+        found = learner.evaluate(meta_params, tasks, task_chunk=min(count, 10))
+        accuracy: Array = found.aux["accuracy"]
+        return accuracy
 
     found = {}
     for index, name in enumerate(dataset.group_names):

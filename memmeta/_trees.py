@@ -9,16 +9,6 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, PyTree
 
-__all__ = [
-    "all_finite",
-    "leading_size",
-    "merge",
-    "norm",
-    "ravel",
-    "split",
-    "split_inexact",
-]
-
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf can be differentiated: floating point or complex, no integer, no PRNG key."""
@@ -99,8 +89,8 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     leaves = [leaf.astype(accumulator(leaf.dtype)) for leaf in leaves if leaf.size]
     if not leaves:
-        return jnp.float32(0.0)
-    dtype = max((leaf.dtype for leaf in leaves), key=lambda d: jnp.finfo(d).bits)
+        return jnp.zeros((), jnp.float32)
+    dtype = widest(leaf.dtype for leaf in leaves)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]))
     scale = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
     squares = [jnp.sum((leaf / scale.astype(leaf.dtype)) ** 2).astype(dtype) for leaf in leaves]
@@ -117,6 +107,11 @@ def accumulator(dtype: Any) -> Any:
         ('float32', 'float64')
     """
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def widest(dtypes: Iterable[Any]) -> Any:
+    """The floating-point dtype of most bits; float32 of none."""
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.float32)
 
 
 def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree[bool]]:
@@ -275,8 +270,7 @@ def ravel(tree: PyTree) -> tuple[Float[Array, " size"], Callable[[Array], PyTree
         ([1.0, 1.0, 0.0], [1.0, 1.0])
     """
     leaves, structure = jax.tree.flatten(tree)
-    dtypes = [accumulator(leaf.dtype) for leaf in leaves]
-    dtype = max(dtypes, key=lambda d: jnp.finfo(d).bits, default=jnp.float32)
+    dtype = widest(accumulator(leaf.dtype) for leaf in leaves)
     ends = np.cumsum([leaf.size for leaf in leaves])
     vector = jnp.concatenate(
         [jnp.ravel(leaf).astype(dtype) for leaf in leaves] or [jnp.zeros(0, dtype)]
