@@ -243,7 +243,8 @@ class Config:
 
     def plain(self) -> dict[str, Any]:
         """The options as JSON knows them."""
-        return json.loads(self.to_json())
+        options: dict[str, Any] = json.loads(self.to_json())
+        return options
 
     def to_json(self) -> str:
         """The configuration as text; `from_json` reads it."""

@@ -227,7 +227,7 @@ def _arrays(tree: PyTree) -> list[str]:
 def _intact(target: Path) -> bool:
     try:
         refuse_links(target)
-        return read_json(_manifest(target), Manifest).files == _digests(target)
+        return bool(read_json(_manifest(target), Manifest).files == _digests(target))
     except OSError:
         return False
 
