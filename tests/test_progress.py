@@ -9,9 +9,11 @@ from rich.console import Console
 from memmeta.runs import _progress as progress
 
 FIRST = {"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0, "masked": 0}
-LAST = {**FIRST, "step": 40, "masked": 2, "validation_accuracy": 0.8, "validation_interval": 0.02}
+TROUBLE = "2 of 32 tasks left out: 2 whose data are not finite (look at the tasks)"
+JUDGES = {"validation_accuracy": 0.8, "validation_interval": 0.02}
+LAST = {**FIRST, "step": 40, "masked": 2, "trouble": f"{TROUBLE}.", **JUDGES}
 SAID = "query loss 0.500, accuracy 90.0 %, 31 tasks/s"
-JUDGED = f"{SAID}, 2 tasks masked (not finite), validation 80.0 ± 2.0 %"
+JUDGED = f"{SAID}, {TROUBLE}, validation 80.0 ± 2.0 %"
 
 
 def printed(monkeypatch, **options):

@@ -209,6 +209,9 @@ class Config:
             UserError: an option was given that the method does not have.
         """
         method = algorithms.METHODS[self.method]
+        remedy = "; it needs a finite set of tasks: memmeta.meta.WarmStart in a loop of your own"
+        expected = "a method that starts every task afresh, such as memory_reduced"
+        _require("method", self.method, self.method != "amigo", expected + remedy)
         height, width, channels = image_shape
         network = models.conv4(
             self.ways,

@@ -66,7 +66,7 @@ def written(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in line.items()
-            if name != "step" and value is not None and math.isfinite(value)
+            if isinstance(value, int | float) and name != "step" and math.isfinite(value)
         ]
         files[0].write_event(Event(wall_time=now, step=step, summary=Summary(value=values)))
         files[0].flush()

@@ -15,30 +15,20 @@ from rich.table import Table
 
 console = Console(highlight=False, markup=False)  # names are names, whatever brackets they hold
 
-TROUBLE = {
-    "masked": "tasks masked (not finite)",
-    "diverging": "inner loops diverged",
-    "indefinite": "tasks at no minimum",
-    "refused": "updates refused",
-}
-"""How the counts of `memmeta.meta.Counts` are said."""
-
 
 def describe(line: dict[str, Any]) -> str:
-    """A log point in words.
+    """A log point in words, with its "trouble" (see `memmeta.explain`) where there is some.
 
     Example:
-        >>> describe({"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0,
-        ...           "masked": 0})
+        >>> describe({"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0})
         'query loss 0.500, accuracy 90.0 %, 31 tasks/s'
     """
     parts = [f"query loss {line['loss']:.3f}"]
     if "accuracy" in line:
         parts.append(f"accuracy {100 * line['accuracy']:.1f} %")
     parts.append(f"{line['tasks_per_second']:.0f} tasks/s")
-    for name, meaning in TROUBLE.items():
-        if line.get(name):
-            parts.append(f"{line[name]} {meaning}")
+    if "trouble" in line:
+        parts.append(line["trouble"].rstrip("."))
     if "validation_accuracy" in line:
         accuracy, interval = line["validation_accuracy"], line["validation_interval"]
         parts.append(f"validation {100 * accuracy:.1f} ± {100 * interval:.1f} %")

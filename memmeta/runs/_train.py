@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memmeta.meta import MetaState, Metrics
+from memmeta.meta import MetaState, Metrics, explain
 from memmeta.meta import _mesh as mesh_of
+from memmeta.meta._explain import in_trouble
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
@@ -46,12 +47,13 @@ def train(
 
     Raises:
         CheckpointError: no checkpoint can be used.
-        UserError: the configuration was altered, the checkpoints are gone, or the folder was moved.
+        UserError: the configuration was altered, the checkpoints are gone, the folder was moved, or
+            the run ended on meta-steps in which no task was usable.
         Interrupted: SIGTERM or SIGINT came; the state is saved.
         Stopped: with `strict`, something was not as it should be.
         OSError: the folder cannot be written; what was written stays.
     """
-    config, state = trainer.config, trainer.init()
+    config, state, metrics = trainer.config, trainer.init(), None
     validation = trainer.judged["any styles"]
     if resume:
         state = _resumed(config, folder, state)
@@ -63,7 +65,7 @@ def train(
             state, metrics = block(state, trainer.splits["train"], count)
             jax.block_until_ready(state)
             seconds = time.perf_counter() - began
-            if strict and any(int(number) for number in metrics.counts):
+            if strict and in_trouble(metrics):
                 raise _stop(trainer, block, folder, before)
             step += count
             line = log_point(step, metrics, count * config.tasks / seconds)
@@ -74,12 +76,14 @@ def train(
                 )
                 line |= {"validation_accuracy": found.mean, "validation_interval": found.half_width}
             folder.append_metrics(line)
-            show(line)
+            show(line | ({"trouble": explain(metrics)} if in_trouble(metrics) else {}))
             stopping = interrupted()
             if due or stopping:
                 _save(folder, config, step, state)
             if stopping and step < config.meta_steps:
                 raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
+    if metrics is not None and not int(metrics.used):
+        raise UserError(f"{folder.path}: the run ended in trouble: {explain(metrics)}")
     return state
 
 
@@ -113,18 +117,16 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
     while True:
         before = jax.tree.map(jnp.copy, state)
         state, metrics = block(state, dataset, 1)
-        if any(int(number) for number in metrics.counts):
+        if in_trouble(metrics):
             break
     step = int(before.step)
     _save(folder, trainer.config, step, before)
     gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
     tasks = gather(trainer.batch(before, dataset))
     file = folder.save_batch(tasks)
-    counts = [f"{name} {int(n)}" for name, n in metrics.counts._asdict().items() if int(n)]
     return Stopped(
-        f"--strict: trouble in meta-step {step + 1}: {', '.join(counts)} (of "
-        f"{trainer.config.tasks} tasks); the state before it is checkpoint {step}, its tasks are "
-        f"in {file}"
+        f"--strict: trouble in meta-step {step + 1}: {explain(metrics).rstrip('.')}; the state "
+        f"before it is checkpoint {step}, its tasks are in {file}"
     )
 
 

@@ -1,5 +1,7 @@
 """What a run is made of: its data, its compiled programs, and whether they fit the device."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -33,6 +35,8 @@ from memmeta.runs import _blocks as blocks
 from memmeta.runs import _devices as devices
 from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
+
+log = logging.getLogger("memmeta")
 
 # Tags that keep the run's random draws apart from one another.
 INIT, TRAIN, VALIDATION, TEST = range(4)
@@ -138,9 +142,17 @@ class Trainer:
                 # One at a time: the threads of a CPU that wait for the other devices' results of
                 # several programs can be all there are, and then nobody works on any of them.
                 found.append(np.asarray(accuracies(state.meta_params, tasks)))
-            return confidence_interval(np.concatenate(found)[:count])
+            return _interval(np.concatenate(found)[:count], split)
 
         return evaluate
+
+
+def _interval(accuracies: Float[np.ndarray, " episodes"], split: str) -> Interval:
+    """Over the episodes that could be judged; the others are told of."""
+    usable = accuracies[np.isfinite(accuracies)]
+    if (lost := accuracies.size - usable.size) > 0:
+        log.warning("%s: %d of %d episodes left out: no finite loss", split, lost, accuracies.size)
+    return confidence_interval(usable) if usable.size > 1 else Interval(math.nan, math.nan)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
