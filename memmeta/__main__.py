@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = logging.StreamHandler(sys.stderr)
     said.setFormatter(logging.Formatter("memmeta: %(message)s"))
     log.addHandler(said)
+    log.propagate = False  # libraries give the root logger a handler of theirs
     try:
         use_compilation_cache()
         return _run(arguments)
@@ -272,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         log.removeHandler(said)
+        log.propagate = True
 
 
 def _run(arguments: list[str]) -> int:
