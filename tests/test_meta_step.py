@@ -158,8 +158,9 @@ def test_the_users_parameters_survive_donation():
         quadratic_problem(), mm.InnerLoop(steps=5), ESTIMATORS["implicit"], optax.sgd(0.1)
     )
     theta = jnp.linspace(-1.0, 1.0, 4)
+    before = np.array(theta)
     step(step.init(theta), quadratic_tasks(jax.random.key(0)))
-    np.testing.assert_array_equal(theta, np.linspace(-1.0, 1.0, 4, dtype=np.float32))
+    np.testing.assert_array_equal(theta, before)
 
 
 def test_integer_and_key_leaves_are_carried_along():
