@@ -1,0 +1,81 @@
+"""A constant inner rate along meta-training, as released, beside the default inner loop.
+
+    python -m benchmarks.reproduce.fixed_rate [--iterations N] [--width W]
+
+Every task is worked on by two programs that are equal but for the order of the support images, so
+that their answers differ by rounding alone: by how much in the query loss, and in the answer v of
+20 CG steps? "2/L" is measured at the last inner iterate, by power iteration.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+import memmeta as mm
+from benchmarks.reproduce._data import read, sampler
+from benchmarks.reproduce._paper import STAND_INS, fixed_head, network
+from memmeta import trees
+from memmeta.few_shot.algorithms import Learner
+from memmeta.linear_solve import cg, power_iteration
+from memmeta.problem import MetaParams, Task, hessian_product
+
+TASKS, ROWS = 8, 4
+
+
+def answers(learner: Learner, theta: MetaParams, task: Task) -> tuple[Array, Array, MetaParams]:
+    """2/L, the query loss and v of one task."""
+    problem = learner.problem
+    context = problem.embed(theta, task)
+    params = learner.inner(problem, problem.init(theta), context, jax.random.key(0))
+    loss, right = jax.value_and_grad(lambda p: problem.outer_loss(p, context)[0])(params)
+    _, product = hessian_product(problem, params, context)
+    return 2 / power_iteration(product, right, 50), loss, cg(20)(product, right).value
+
+
+def disagreement(learner: Learner, theta: MetaParams, task: Task) -> tuple[Array, Array, Array]:
+    """2/L, and the relative differences of the loss and of v under another order of the support."""
+    turned = task._replace(
+        support_inputs=task.support_inputs[::-1], support_targets=task.support_targets[::-1]
+    )
+    (edge, loss, v), (_, other, w) = (answers(learner, theta, t) for t in (task, turned))
+    change = trees.norm(jax.tree.map(jnp.subtract, v, w)) / trees.norm(v)
+    return edge, abs(loss - other) / loss, change
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--width", type=int, default=64)
+    args = parser.parse_args()
+    setting = STAND_INS[0]._replace(width=args.width)
+    train, model = read(setting, "train", None), network(setting)
+    common = {"statistics": "separate", "start": fixed_head(setting, 0)}
+    constant = mm.InnerLoop(optax.sgd(setting.inner_rate), steps=20)
+    learners = {
+        "as released": mm.algorithms.memory_reduced(model, inner=constant, ridge=0.0, **common),
+        "default": mm.algorithms.memory_reduced(model, **common),
+    }
+    print("inner loop    meta-step    2/L   its rate   |Δf|/f   ‖Δv‖/‖v‖   accuracy")
+    for name, learner in learners.items():
+        step = learner.make_meta_step(optax.adam(setting.outer_rate), guard=None)
+        compare = jax.jit(jax.vmap(disagreement, (None, None, 0)), static_argnums=0)
+        state = step.init(jax.jit(learner.init)(jax.random.key(0)))
+        for number in range(args.iterations + 1):
+            key = jax.random.fold_in(jax.random.key(1), number)
+            tasks = sampler(train).sample_batch(train, key, TASKS)
+            shown = number % (args.iterations // ROWS) == 0
+            found = compare(learner, state.meta_params, tasks) if shown else ()
+            state, metrics = step(state, tasks)
+            if shown:
+                edge, loss, v = (float(jnp.median(x)) for x in found)
+                rate = f"{setting.inner_rate:g}" if name == "as released" else "≤ 1/L"
+                accuracy = 100 * float(metrics.aux["accuracy"])
+                numbers = f"{edge:>8.3f} {rate:>8} {loss:>10.1e} {v:>9.1e} {accuracy:>9.1f} %"
+                print(f"{name:<12} {number:>9} {numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
