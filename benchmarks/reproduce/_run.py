@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.stages import Compiled
 
 from benchmarks.reproduce._data import read, sampler
 from benchmarks.reproduce._paper import (
@@ -22,7 +23,7 @@ from benchmarks.reproduce._paper import (
 from memmeta.data import HostDataset
 from memmeta.few_shot import head_problem
 from memmeta.inner import InnerLoop
-from memmeta.meta import MetaStep, confidence_interval, evaluate
+from memmeta.meta import MetaState, confidence_interval, evaluate
 from memmeta.problem import Batch, MetaParams, Problem
 from memmeta.runs import checkpoints
 
@@ -78,12 +79,14 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
     made = learner(plan.setting, plan.method, plan.seed, cached=plan.cached)
     optimizer = optax.adam(plan.setting.outer_rate)
     step = made.make_meta_step(optimizer, task_chunk=plan.task_chunk, guard=None)
-    theta = jax.jit(made.init)(jax.random.key(plan.seed))
+    state = step.init(jax.jit(made.init)(jax.random.key(plan.seed)))
+    tasks = sampler(train).sample_batch(train, jax.random.key(0), plan.tasks)
+    program = jax.jit(step.update).lower(state, tasks).compile()
     result = {"data": plan.setting.data, "method": plan.method, "cached": plan.cached}
-    result |= cost(step, theta, sampler(train).sample_batch(train, jax.random.key(0), plan.tasks))
+    result |= cost(program, state, tasks)
     if not plan.cached:
         return result
-    theta = trained(plan, step, theta, train, folder)
+    theta = trained(plan, program, state, train, folder)
     test, head = read(plan.setting, "test", plan.data_dir), theta.get("head")
     model = network(plan.setting)
     start = fixed_head(plan.setting, plan.seed) if head is None else head
@@ -96,15 +99,12 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def cost(step: MetaStep, theta: MetaParams, tasks: Batch) -> dict[str, Any]:
+def cost(program: Compiled, state: MetaState, tasks: Batch) -> dict[str, Any]:
     """Seconds and megabytes of a meta-step, the compiler's where the device does not count them."""
-    state = step.init(theta)
-    program = jax.jit(step.update).lower(state, tasks).compile()
-    state, _ = jax.block_until_ready(program(state, tasks))
+    jax.block_until_ready(program(state, tasks))
     begin = time.perf_counter()
     for _ in range(TIMED):
-        state, _ = program(state, tasks)
-    jax.block_until_ready(state)
+        jax.block_until_ready(program(state, tasks))
     seconds = (time.perf_counter() - begin) / TIMED
     counted = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     compiled = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
@@ -113,15 +113,15 @@ def cost(step: MetaStep, theta: MetaParams, tasks: Batch) -> dict[str, Any]:
 
 
 def trained(
-    plan: Plan, step: MetaStep, theta: MetaParams, train: HostDataset, folder: Path
+    plan: Plan, program: Compiled, state: MetaState, train: HostDataset, folder: Path
 ) -> MetaParams:
     """θ after all meta-steps, from the newest checkpoint if there is one."""
-    state, tasks = step.init(theta, jax.random.key(plan.seed + 1)), sampler(train)
+    episodes = sampler(train)
     if checkpoints.whole(folder):
         state = checkpoints.restore(folder, state)
     for number in range(int(state.step), plan.setting.iterations):
         key = jax.random.fold_in(jax.random.key(plan.seed), number)
-        state, metrics = step(state, tasks.sample_batch(train, key, plan.tasks))
+        state, metrics = program(state, episodes.sample_batch(train, key, plan.tasks))
         done = number + 1
         if done % SAVED_EVERY == 0 or done == plan.setting.iterations:
             print(f"{plan.name}: meta-step {done}, loss {float(metrics.loss):.3f}", flush=True)
