@@ -4,9 +4,9 @@
 
 Every task is worked on by two programs that are equal but for the order of the support images, so
 that their answers differ by rounding alone: by how much in the query loss, and in the answer v of
-20 CG steps? "2/L" is measured at the last inner iterate, by power iteration. "As released" starts
-batch norm's scales from U(0, 1), the two others from ones; "default" is the inner loop and the ridge
-of `memory_reduced`.
+20 CG steps? "2/L" is measured at the head's start, by power iteration. "As released" starts
+batch norm's scales from U(0, 1), the others from ones; "default" is the inner loop and the ridge of
+`memory_reduced`.
 """
 
 import argparse
@@ -33,10 +33,11 @@ def answers(learner: Learner, theta: MetaParams, task: Task) -> tuple[Array, Arr
     """2/L, the query loss and v of one task."""
     problem = learner.problem
     context = problem.embed(theta, task)
-    params = learner.inner(problem, problem.init(theta), context, jax.random.key(0))
+    start = problem.init(theta)
+    params = learner.inner(problem, start, context, jax.random.key(0))
     loss, right = jax.value_and_grad(lambda p: problem.outer_loss(p, context)[0])(params)
-    _, product = hessian_product(problem, params, context)
-    return 2 / power_iteration(product, right, 50), loss, cg(20)(product, right).value
+    first, last = (hessian_product(problem, p, context)[1] for p in (start, params))
+    return 2 / power_iteration(first, right, 50), loss, cg(20)(last, right).value
 
 
 def disagreement(learner: Learner, theta: MetaParams, task: Task) -> tuple[Array, Array, Array]:
