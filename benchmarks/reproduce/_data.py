@@ -25,10 +25,9 @@ def read(setting: Setting, split: str, data_dir: Path | None) -> HostDataset:
             )
         return load_host(setting.data, split, data_dir)
     found = load_host(setting.data, split)
-    images = np.asarray(found.inputs)
-    nearest = np.arange(setting.side) * images.shape[2] // setting.side
-    images = images[:, :, nearest][:, :, :, nearest]
-    return replace(found, inputs=np.broadcast_to(images, (*images.shape[:-1], 3)).copy())
+    nearest = np.arange(setting.side) * found.rows.shape[1] // setting.side
+    images = found.rows[:, nearest][:, :, nearest]
+    return replace(found, rows=np.broadcast_to(images, (*images.shape[:-1], 3)).copy())
 
 
 def sampler(dataset: HostDataset) -> HostEpisodes:
