@@ -268,6 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, DataError, CheckpointError, OSError, ValueError) as error:
         print(f"memmeta: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except (MemoryError, OverflowError, jax.errors.JaxRuntimeError) as error:
+        first = (str(error).strip().splitlines() or ["no memory left"])[0]
+        print(f"memmeta: more than this machine can do: {first}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("memmeta: interrupted; go on with --resume", file=sys.stderr)
         return 130

@@ -48,7 +48,8 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def has_images(root: Path, folder: Path) -> bool:
+def has_images(folder: Path) -> bool:
+    """Whether there are images in a folder or in those below it."""
     return any(_images_in(path) for path in (folder, *all_folders(folder)))
 
 

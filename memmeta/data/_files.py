@@ -5,6 +5,7 @@ Every file that the program reads or writes in a folder of runs or data goes thr
 
 import fcntl
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ LARGEST = 2**28
 """Bytes of a file that is read in one piece."""
 DEEPEST = 64
 """Folders inside one another, of what a person would have made."""
+
+
+LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.new")
+"""Names of what `write_whole` leaves where it is killed."""
 
 
 class FileError(OSError):

@@ -185,7 +185,7 @@ def _split_folders(root: Path) -> dict[str, list[ClassItems]]:
         return {}  # images right inside: a class of that name
     if found:
         beside = [path for path in folders_in(root) if path not in found.values()]
-        refuse_others(root, (path for path in beside if has_images(root, path)))
+        refuse_others(root, (path for path in beside if has_images(path)))
     return {split: classes_in(root, folder) for split, folder in found.items()}
 
 

@@ -113,18 +113,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require_kinds(vars(self))
-        positive = (
-            "image_size",
-            "ways",
-            "shots",
-            "queries",
-            "test_queries",
-            "width",
-            "tasks",
-            "log_every",
-        )
-        for name in (*positive, "checkpoint_every"):
+        sizes = ("image_size", "ways", "shots", "queries", "test_queries", "width", "tasks")
+        for name in (*sizes, "log_every", "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in sizes:
+            _require(name, getattr(self, name), getattr(self, name) <= 2**16, "at most 65536")
         for name in ("inner_steps", "test_steps", "cg_steps", "ridge", "proximal"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 0, "0 or more")

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from memmeta.data._files import (
+    LEFT_OVER,
     FileError,
     InUse,
     append,
@@ -42,6 +43,7 @@ from memmeta.runs._config import Config, UserError
 from memmeta.runs._records import FinalReport, log_line
 
 LOCK = "lock"
+LONGEST = 2**32  # bytes of metrics: some million log points
 log = logging.getLogger("memmeta")
 
 
@@ -133,7 +135,7 @@ class RunFolder:
         if not self.metrics_file.exists() and not self.metrics_file.is_symlink():
             return [], []
         found, damaged = {}, []
-        for number, row in enumerate(read_bytes(self.metrics_file).splitlines(), 1):
+        for number, row in enumerate(read_bytes(self.metrics_file, LONGEST).splitlines(), 1):
             try:
                 line = log_line(row, f"{self.metrics_file}:{number}")
             except FileError:
@@ -151,7 +153,7 @@ class RunFolder:
             return
         lines, damaged = self._parted()
         if step == 0 and lines:
-            damaged = read_bytes(self.metrics_file).splitlines()
+            damaged = read_bytes(self.metrics_file, LONGEST).splitlines()
         if damaged:
             beside = unused_path(self.path, "metrics.set-aside")
             write_whole(beside, b"\n".join(damaged) + b"\n")
@@ -224,14 +226,16 @@ def require_new(path: Path) -> None:
             "or name another folder with --run"
         )
     try:
-        found = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+        names = sorted(entry.name for entry in path.iterdir())
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    if found:
+    # a run that was killed before it wrote its configuration is none
+    others = [name for name in names if name != LOCK and not LEFT_OVER.fullmatch(name)]
+    if others:
         raise UserError(
-            f"{path}: holds {found[0]!r} and is no run; name a new or empty folder with --run"
+            f"{path}: holds {others[0]!r} and is no run; name a new or empty folder with --run"
         )
 
 
