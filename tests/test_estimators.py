@@ -111,7 +111,8 @@ def test_conformance_in_float64(name, problem, x64):
     assert found.usable.all()
     assert relative_error(found.gradient, reference(problem, entry.aim)) < 1e-8
     check_report(found.report)
-    if problem == "logistic" and name != "hessian_free":  # μ is known, and the context is θ
+    estimated = found.report.error_estimate is not None
+    if problem == "logistic" and estimated:  # μ is known, and the context is θ
         check_error_estimate(found, reference(problem, "solution"))
 
 
@@ -125,7 +126,7 @@ def hardest_first(name, problem):
 def test_conformance_in_float32(name, problem):
     found = run(name, problem, narrowed(problem))
     exact = jax.tree.map(np.float32, reference(problem, ESTIMATORS[name].aim))
-    assert relative_error(found.gradient, exact) < 1e-4
+    assert relative_error(found.gradient, exact) < (2e-4 if name == "perturbed" else 1e-4)
 
 
 def check_report(report):
@@ -467,7 +468,8 @@ def test_odd_leaves(name):
     if entry.random:  # mean_j (∇F·u_j) u_j: never at more than a right angle to ∇F
         assert found @ exact > 0
         return
-    np.testing.assert_allclose(found, exact, rtol=3e-2)
+    # differences of solutions in bfloat16 are as coarse as that
+    np.testing.assert_allclose(found, exact, rtol=0.15 if name == "perturbed" else 3e-2)
 
 
 def odd_head_gradient(example):
@@ -483,3 +485,14 @@ def test_odd_leaves_are_updated_in_their_dtype():
     state, metrics = step(step.init({"nested": odd}), jnp.ones((2, 3)))
     assert state.meta_params["nested"].weight.dtype == jnp.bfloat16
     assert metrics.aux["n"] == 2
+
+
+def test_the_bias_of_the_first_order_estimator_is_quadratic(x64):
+    exact = reference("logistic", "solution")
+    errors = [
+        relative_error(
+            run_once(H.perturbed(delta), EXAMPLES["logistic"](TASKS), SOLVED).gradient, exact
+        )
+        for delta in (1e-2, 1e-3)
+    ]
+    assert 90 < errors[0] / errors[1] < 110

@@ -10,6 +10,7 @@ from memmeta.hypergradient._hessian_free import hessian_free
 from memmeta.hypergradient._implicit import implicit
 from memmeta.hypergradient._implicit_solution import implicit_solution
 from memmeta.hypergradient._mixed_mode import mixed_mode
+from memmeta.hypergradient._perturbed import perturbed
 from memmeta.hypergradient._sample_space import sample_space
 from memmeta.hypergradient._seam import (
     Chunk,
@@ -40,6 +41,7 @@ __all__ = [
     "implicit_solution",
     "mixed_mode",
     "per_task",
+    "perturbed",
     "report_of_loop",
     "reptile",
     "sample_space",

@@ -10,6 +10,7 @@ from memmeta.hypergradient._forward_mode import forward_mode
 from memmeta.hypergradient._hessian_free import hessian_free
 from memmeta.hypergradient._implicit import implicit
 from memmeta.hypergradient._mixed_mode import mixed_mode
+from memmeta.hypergradient._perturbed import perturbed
 from memmeta.hypergradient._sample_space import sample_space
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._truncated import truncated
@@ -44,6 +45,7 @@ ESTIMATORS: dict[str, Entry] = {
     "implicit-neumann": Entry(lambda: implicit(neumann(1000)), "solution", "flat"),
     "implicit-direct": Entry(lambda: implicit(direct()), "solution", "flat"),
     "implicit-woodbury": Entry(lambda: implicit(woodbury()), "solution", "flat", heads=True),
+    "perturbed": Entry(perturbed, "solution", "flat", error=1e-9),
     "sample_space-solution": Entry(
         lambda: sample_space("solution"), "solution", "flat", heads=True
     ),
