@@ -18,15 +18,15 @@ def implicit_solution(
     inner: InnerLoop = InnerLoop(),
     solver: LinearSolver = cg(20),
 ) -> Callable[[Params, Context], Params]:
-    r"""φ*(c) = argmin_φ g(φ, c), differentiable as often as one likes, in both modes.
+    r"""φ*(c) = argmin_φ g(φ, c), differentiable any number of times, in both modes.
 
     $$d\phi^* = -[\partial^2_{\phi\phi} g]^{-1} \, \partial^2_{\phi c} g \; dc$$
 
     One rule serves `jax.grad`, `jvp`, `jacfwd`, `jacrev`, `hessian`, `vmap`, `jit`, `lax.scan` and
-    `shard_map` (with `check_vma=False`: loops here start from constants). Nothing of the inner loop
-    is stored: memory does not grow with its steps. The derivative by the start is zero, as it is
-    for an exact solution. Nothing is reported here: for residuals and error estimates use the
-    estimator `implicit`.
+    `shard_map` (with `check_vma=False`: jax 0.10.2 refuses loops whose carry starts as a constant).
+    Nothing of the inner loop is stored: memory does not grow with its steps. The derivative by the
+    start is zero, as it is for an exact solution. Nothing is reported here: for residuals and error
+    estimates use the estimator `implicit`.
 
     Args:
         inner_loss: g, a function of (φ, context).
@@ -49,6 +49,9 @@ def implicit_solution(
         init=lambda theta: theta,
     )
 
+    # custom_jvp with custom_linear_solve, and not custom_vjp: JAX transposes the linear solve
+    # itself, so one rule gives grad, jvp, vmap and derivatives of any order. In its place
+    # `jax.scipy.sparse.linalg.cg` breaks reverse mode (jax 0.10.2).
     @jax.custom_jvp
     def solve(floats: Params, others: Params, active: Context, passive: Context) -> Params:
         wide_problem, wide, _ = widened(problem, trees.merge(floats, others))

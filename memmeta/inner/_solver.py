@@ -1,4 +1,4 @@
-r"""What makes one inner step: a pair of pure functions, as in optax, that also see the problem.
+r"""An inner solver: a pair of pure functions, as in optax, that also see the problem.
 
 init(problem, φ₀, context) -> state
 update(problem, φ, state, context, step, key) -> (φ, state, ‖∇_φ g‖)
@@ -34,8 +34,9 @@ class InnerSolver(NamedTuple):
     Example:
         >>> import memmeta as mm
         >>> def update(problem, params, state, context, step, key):
-        ...     slope = jax.grad(problem.inner_loss)(params, context)
-        ...     return params - 0.5 / (1 + step) * slope, state, jnp.linalg.norm(slope)
+        ...     gradient = jax.grad(problem.inner_loss)(params, context)
+        ...     rate = 0.5 / (1 + step.astype(params.dtype))
+        ...     return params - rate * gradient, state, jnp.linalg.norm(gradient)
         >>> loop = mm.InnerLoop(InnerSolver(lambda problem, params, context: (), update), steps=5)
     """
 
@@ -77,7 +78,9 @@ def from_optax(optimizer: Any) -> InnerSolver:
 
         loss, gradient = jax.value_and_grad(loss_at)(params)
         known = about(loss, gradient, loss_at)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
+        # optax (0.2.8) adds Python numbers and int32 counts to float arrays; the caller may run
+        # under strict promotion
+        with jax.numpy_dtype_promotion("standard"):
             updates, state = transformation.update(gradient, state, params, **known)
             return optax.apply_updates(params, updates), state, trees.norm(gradient)
 
@@ -165,5 +168,5 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params) -> None:
 
 
 def rounding(loss: Scalar) -> Scalar:
-    """How much a loss may seem to grow by rounding alone."""
+    """How much larger a loss can come out by rounding alone: ten units in the last place."""
     return 10 * float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)

@@ -154,7 +154,7 @@ def amigo(
     start: Params | None = None,
     loss: Loss | None = None,
 ) -> Learner:
-    """AmIGO: few inner and few linear steps, each started where the task was last left.
+    """AmIGO: few inner and few linear steps, each from the task's last φ_i and v_i.
 
     Warm starts need a finite set of tasks: wrap the meta-step in `memmeta.meta.WarmStart`. On
     fresh tasks every start is cold: `memory_reduced` with gradient descent and fewer steps.

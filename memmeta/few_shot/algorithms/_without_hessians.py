@@ -46,7 +46,7 @@ def reptile(
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
-    """Reptile: θ moves towards the adapted parameters; the query examples are only looked at.
+    """Reptile: θ moves towards the adapted parameters; the query examples are evaluated only.
 
     Args:
         network: body and head, both θ and φ.
