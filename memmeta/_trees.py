@@ -157,16 +157,6 @@ def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree
     return [outputs_of(index) for index in range(leaves)]
 
 
-def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree[bool]:
-    """Which output leaves have a derivative by any inexact input leaf, in the sense of `reach`.
-
-    Example:
-        >>> dependence(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
-        {'a': True, 'b': False}
-    """
-    return jax.tree.map(lambda *flags: any(flags), *reach(function, argument))
-
-
 def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
     """Follow the marked inputs of a traced function through it to its outputs."""
     jaxpr = closed.jaxpr

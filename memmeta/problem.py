@@ -279,14 +279,7 @@ class Products(NamedTuple):
 
 
 def products(problem: Problem, params: Params, u: Params, context: SplitContext) -> Products:
-    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one pass.
-
-    Args:
-        problem: its inner loss is used.
-        params: φ.
-        u: the direction, like φ.
-        context: of one task.
-    """
+    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one pass."""
 
     def inner_loss(params: Params, active: Context) -> Scalar:
         return problem.inner_loss(params, context.at(active))

@@ -216,11 +216,8 @@ def tilted(problem: Problem, tilt: Params | None) -> Problem:
 
     At an inner solution dφ*/de = −[∂²_φφ g]⁻¹. So the cotangent of e after a loop is −v̂ of the
     linear solve that the loop amounts to, for any inner solver: with gradient descent, for
-    instance, K terms of the Neumann series. The values are those of e = 0.
-
-    Args:
-        problem: the problem.
-        tilt: e, zeros like φ; None leaves the problem as it is.
+    instance, K terms of the Neumann series. Called with e = 0, so the values stay; None leaves the
+    problem as it is.
     """
     if tilt is None:
         return problem
@@ -240,17 +237,8 @@ def error_of_given(
     $$\|\bar c - \nabla_c\| + \|\nabla_c - \nabla F\|, \qquad
       \nabla_c = \partial_c f - \partial^2_{c\phi} g \, \hat v$$
 
-    the first measured, the second by `second_look`.
-
-    Args:
-        problem: with a `strong_convexity`.
-        params: φ̂.
-        v: v̂.
-        given: c̄, the hypergradient in the context's active leaves.
-        context: of one task.
-
-    Returns:
-        The estimate, and the curvature v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂ met on the way.
+    the first measured, the second by `second_look`. Returned with the curvature
+    v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂. The problem needs a `strong_convexity`.
     """
     # XLA (jax 0.10.2) would otherwise start here while the loop's backward pass still holds its
     # iterates.
@@ -276,17 +264,8 @@ def error_of_loop(
       \|\nabla_\phi g(\phi_K)\| / \|\nabla_\phi g(\phi_0)\|$$
 
     and v̂ is replaced by one step of steepest descent on the linear system, from zero. Three mixed
-    products, two gradients of f and one of g.
-
-    Args:
-        problem: with a `strong_convexity`.
-        start: φ₀.
-        params: φ_K.
-        context: of one task.
-        start_counts: whether φ₀ depends on θ: then the residual reaches θ through φ₀.
-
-    Returns:
-        The estimate.
+    products, two gradients of f and one of g. `start_counts`: whether φ₀ depends on θ; the residual
+    then reaches θ through φ₀. The problem needs a `strong_convexity`.
     """
     outer = outer_gradients(problem, params, context)
     norm = trees.norm(outer[0])

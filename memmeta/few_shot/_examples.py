@@ -136,12 +136,6 @@ def query_mean(
 
     Both are not-a-number for a task that has no example to adapt on or to evaluate on, or a label
     that no output stands for: its meta-step leaves it out and counts it.
-
-    Args:
-        losses: of the examples.
-        outputs: of the query examples.
-        targets: theirs.
-        support_targets: of the examples that were adapted on.
     """
     ways = outputs.shape[-1]
     classes = classes_of(support_targets, ways)

@@ -51,17 +51,7 @@ class NetworkContext(NamedTuple):
 def features_of(
     network: Network, body: Params, task: Task, statistics: Statistics
 ) -> tuple[Float[Array, "support features"], Float[Array, "query features"]]:
-    """The features of a task's support and query examples.
-
-    Args:
-        network: the network.
-        body: its body's parameters.
-        task: one task; padding takes no part in the batch statistics.
-        statistics: see `Statistics`.
-
-    Returns:
-        Support features and query features.
-    """
+    """The features of a task's support and query examples."""
     inputs = (task.support_inputs, task.query_inputs)
     weights = (present(task.support_targets), present(task.query_targets))
     if statistics == "separate":

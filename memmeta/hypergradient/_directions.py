@@ -86,15 +86,7 @@ def task_losses(
     chunk: Chunk,
     differentiated: bool,
 ) -> Callable[[MetaParams], Float[Array, " tasks"]]:
-    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ.
-
-    Args:
-        problem: the problem.
-        inner: the inner loop.
-        meta_params: θ.
-        chunk: the tasks.
-        differentiated: whether the function will be, and not only evaluated.
-    """
+    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ."""
     _, others = trees.split_inexact(meta_params)
 
     def losses(floats: MetaParams) -> Float[Array, " tasks"]:

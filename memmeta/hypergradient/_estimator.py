@@ -87,7 +87,8 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
         theta = trees.merge(floats, others)
         return over_tasks(partial(problem.embed, theta), tasks), problem.init(theta)
 
-    reached, start_reached = trees.dependence(embed, floats)
+    by_leaf = trees.reach(embed, floats)
+    reached, start_reached = jax.tree.map(lambda *flags: any(flags), *by_leaf)
 
     def active_parts(floats: MetaParams) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         contexts, start = embed(floats)
@@ -219,13 +220,6 @@ def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:
 
     Under `vmap` over one task XLA (jax 0.10.2, CPU) copies arrays between layouts that are the same
     in memory, and a `cond` becomes a `select` that computes both branches.
-
-    Args:
-        function: of one task.
-        arguments: pytrees whose leaves have a leading axis of tasks.
-
-    Returns:
-        What the function returns, each leaf with a leading axis of tasks.
     """
     if jax.tree.leaves(arguments)[0].shape[0] > 1:
         return jax.vmap(function)(*arguments)

@@ -44,16 +44,6 @@ def until(
     Ends when the certificate is at most the tolerance, or `inner.steps` (rounded up to whole
     rounds) are made. The certificate is the rigorous bound where the problem gives its deviations,
     else `certificate.estimate`.
-
-    Args:
-        tolerance: on ‖∇̂F_i − ∇F_i‖; a number or a traced scalar.
-        problem: the problem.
-        inner: the inner loop.
-        solver: of the linear system; each round makes one call.
-        begin: where the task begins.
-
-    Returns:
-        The pair; memory does not grow with the rounds.
     """
     context = begin.context.whole
 

@@ -68,14 +68,6 @@ def refuse_structural_zeros(
     At the inner solution, for instance, φ* depends on θ only through the inner loss: where the
     inner loop started and with what rate it ran do not appear in it.
 
-    Args:
-        problem: the problem.
-        inner: the inner loop.
-        meta_params: θ.
-        chunk: some tasks.
-        name: of the estimator.
-        seen: what the estimator differentiates.
-
     Raises:
         ValueError: naming each meta-parameter on which nothing that the estimator differentiates
             depends, with the remedy.

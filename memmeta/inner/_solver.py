@@ -55,13 +55,6 @@ def from_optax(optimizer: Any) -> InnerSolver:
     line search. A fixed rate diverges once the curvature exceeds 2/rate, and meta-training raises
     the curvature: prefer `accelerated` unless a published method is to be reproduced as it was run.
 
-    Args:
-        optimizer: an optax gradient transformation, for instance `optax.sgd(0.1)`, or a
-            `optax.MultiSteps`.
-
-    Returns:
-        The solver.
-
     Raises:
         ValueError: it is no optimiser, or one that needs more than one set of parameters.
 
@@ -89,10 +82,6 @@ def from_optax(optimizer: Any) -> InnerSolver:
 
 def as_transformation(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """An optax optimiser as a transformation that takes, or passes over, extra arguments.
-
-    Args:
-        name: of the argument, for errors.
-        optimizer: a gradient transformation, or an `optax.MultiSteps`.
 
     Raises:
         ValueError: it is neither, or keeps two sets of parameters.
@@ -132,10 +121,6 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params) -> None:
     Gradients of a ReLU network are exactly zero wherever a unit is dead; the derivative of one step
     would be not-a-number there, and with it the hypergradient. Looked at once, when the loop is
     traced, on parameters of one number for each leaf.
-
-    Args:
-        solver: of the loop that is about to be differentiated.
-        params: φ.
 
     Raises:
         ValueError: with what to write instead.

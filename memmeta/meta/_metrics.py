@@ -117,17 +117,7 @@ class Sums(NamedTuple):
 
 
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
-    """Add up the figures of one device's tasks.
-
-    Args:
-        gradient: Σ_i ∇F_i over the device's tasks.
-        tasks: the device's tasks.
-        device: which one this is.
-        devices: how many there are.
-
-    Returns:
-        The sums.
-    """
+    """Add up the figures of one device's tasks."""
 
     def usable_or(leaf: Array, blank: float) -> Array:
         return jnp.where(tasks.usable.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, blank)
@@ -178,16 +168,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
 
 
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
-    """The metrics of a meta-step from the sums over all devices.
-
-    Args:
-        summed: added up over the devices.
-        gradient: the mean hypergradient.
-        tasks: the figures task by task.
-
-    Returns:
-        The metrics; `counts.refused` is still zero.
-    """
+    """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
     loss, aux, report = jax.tree.map(
         lambda leaf: leaf / summed.used.astype(leaf.dtype),  # 0/0 where no task is usable
         (summed.loss, summed.aux, summed.report),

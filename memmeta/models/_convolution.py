@@ -8,7 +8,8 @@ images and the cotangents. The derivatives of each are the two again:
 
 with K' the kernel rotated by half a turn, channels and filters exchanged. They are therefore two
 JAX primitives with these rules (forward and reverse mode, of any order), which each platform
-computes in a form of its own, see `_convolution_forms`. Nothing but x and K is stored for the backward pass.
+computes in a form of its own, see `_convolution_forms`. Nothing but x and K is stored for the
+backward pass.
 """
 
 from functools import partial

@@ -16,11 +16,6 @@ POSITIONS = 3072
 def images_at_a_time(examples: int, height_times_width: int, positions: int) -> int:
     """How many images have about `positions` positions: two or more, best without a remainder.
 
-    Args:
-        examples: how many there are.
-        height_times_width: positions of one.
-        positions: of a chunk.
-
     Example:
         >>> images_at_a_time(75, 28 * 28, 3072), images_at_a_time(5, 28 * 28, 3072)
         (5, 5)

@@ -3,7 +3,7 @@ r"""Methods that differentiate the inner solution: memory does not grow with the
 from memmeta import hypergradient, linear_solve
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import Statistics, head_problem, network_problem
-from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
+from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, gradient_descent
 from memmeta.models import Network
 from memmeta.problem import Params
@@ -101,7 +101,7 @@ def imaml(
     """
     problem = network_problem(network, "all", proximal=proximal, statistics=statistics, loss=loss)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
-    return Learner(problem, inner, estimator, whole(network))
+    return Learner(problem, inner, estimator, network.init)
 
 
 def stocbio(

@@ -59,11 +59,6 @@ class Learner:
         return evaluate(self.problem, inner or self.inner, meta_params, tasks, task_chunk)
 
 
-def whole(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
-    """The start of methods that learn body and head."""
-    return network.init
-
-
 def body_alone(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
     """The start of methods that do not learn the head: θ is {"body": ...}."""
     return lambda key: {"body": network.init(key)["body"]}

@@ -12,7 +12,7 @@ from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
-from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
+from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, InnerSolver
 from memmeta.models import Network
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
@@ -47,7 +47,7 @@ def maml(
         ['body', 'head']
     """
     problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def boil(
@@ -76,7 +76,7 @@ def boil(
         >>> learner = boil(conv4(ways=5, width=8, head_scale=1.0))
     """
     problem = network_problem(network, "body", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def anil(
@@ -120,7 +120,7 @@ def anil(
         problem = network_problem(network, "head", proximal=0.0, statistics=statistics, loss=loss)
     else:
         problem = head_problem(network, ridge, learn_start=True, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def itd_bio(
