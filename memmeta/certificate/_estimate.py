@@ -84,7 +84,7 @@ def gain_along(
     return _ratio(products(problem, params, direction, context).mixed, direction)
 
 
-def second_look(
+def residuals_with_error(
     problem: Problem,
     params: Params,
     v: Params,
@@ -94,7 +94,7 @@ def second_look(
     gain: Scalar | None = None,
     residual: Scalar | None = None,
 ) -> tuple[Residuals, Certificate]:
-    r"""The implicit hypergradient at φ̂ and v̂, and its error from a second look at φ̂ − δ.
+    r"""The implicit hypergradient at φ̂ and v̂, and its error from a second point φ̂ − δ.
 
     With δ = ∇_φ g / μ̂ for the step to the inner solution, Δ for the change from φ̂ to φ̂ − δ, and r
     for ∂_φ f − ∂²_φφ g v̂ at φ̂,
@@ -158,9 +158,9 @@ def estimate(
 ) -> Certificate:
     r"""An estimate of the error at φ̂ and v̂, for losses without known constants.
 
-    `second_look` with a measured μ̂ and C: μ̂ is `Problem.strong_convexity`, or else the smallest
-    Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the smallest eigenvalue), and
-    C = ‖∂²_cφ g‖ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g.
+    `residuals_with_error` with a measured μ̂ and C: μ̂ is `Problem.strong_convexity`, or else the
+    smallest Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the smallest
+    eigenvalue), and C = ‖∂²_cφ g‖ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g.
 
     Costs about 3 · `steps` Hessian-vector products.
 
@@ -202,7 +202,7 @@ def estimate(
     gain = jnp.sqrt(power_iteration(lambda u: forward(*backward(u)), first, steps))
     outer = outer_gradients(problem, params, split)
     curvature = curvature.astype(gain.dtype)
-    return second_look(problem, params, solution, outer, split, curvature, gain)[1]
+    return residuals_with_error(problem, params, solution, outer, split, curvature, gain)[1]
 
 
 def given_curvature(problem: Problem, context: Context, like: Scalar) -> Scalar:
@@ -237,7 +237,7 @@ def error_of_given(
     $$\|\bar c - \nabla_c\| + \|\nabla_c - \nabla F\|, \qquad
       \nabla_c = \partial_c f - \partial^2_{c\phi} g \, \hat v$$
 
-    the first measured, the second by `second_look`. Returned with the curvature
+    the first measured, the second by `residuals_with_error`. Returned with the curvature
     v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂. The problem needs a `strong_convexity`.
     """
     # XLA (jax 0.10.2) would otherwise start here while the loop's backward pass still holds its
@@ -246,7 +246,7 @@ def error_of_given(
     outer = outer_gradients(problem, params, context)
     norm = trees.norm(v)
     mu = given_curvature(problem, context.whole, norm)
-    here, error = second_look(problem, params, v, outer, context, mu)
+    here, error = residuals_with_error(problem, params, v, outer, context, mu)
     quadratic = dot(v, jax.tree.map(jnp.subtract, outer[0], here.params))
     curvature = jnp.where(norm > 0, quadratic / jnp.where(norm > 0, norm, 1) ** 2, jnp.inf)
     total = trees.norm(jax.tree.map(jnp.subtract, given, here.context)) + error.total
@@ -259,7 +259,7 @@ def error_of_loop(
     r"""The error of the exact gradient of a loop that is not differentiated in reverse.
 
     The residual of ∂_φ f is not known then, and is taken to be the same share of ∂_φ f as
-    ∇_φ g(φ_K) is of ∇_φ g(φ₀); in the terms of `second_look`,
+    ∇_φ g(φ_K) is of ∇_φ g(φ₀); in the terms of `residuals_with_error`,
     $$\|r\| \approx \|\partial_\phi f\| \,
       \|\nabla_\phi g(\phi_K)\| / \|\nabla_\phi g(\phi_0)\|$$
 
@@ -276,6 +276,6 @@ def error_of_loop(
     residual = norm * trees.norm(here.gradient) / jnp.where(first > 0, first, 1)
     v = jax.tree.map(lambda x: scale.astype(x.dtype) * x, outer[0])
     mu = given_curvature(problem, context.whole, norm)
-    error = second_look(problem, params, v, outer, context, mu, residual=residual)[1].total
+    error = residuals_with_error(problem, params, v, outer, context, mu, residual=residual)[1].total
     error = error + residual if start_counts else error
     return jnp.where(jnp.isfinite(error), error, jnp.inf)

@@ -8,7 +8,12 @@ from jaxtyping import Array
 
 from memmeta import _trees as trees
 from memmeta.certificate._bound import Measured, certify_measured
-from memmeta.certificate._estimate import Residuals, given_curvature, residuals, second_look
+from memmeta.certificate._estimate import (
+    Residuals,
+    given_curvature,
+    residuals,
+    residuals_with_error,
+)
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._on_demand import until
 from memmeta.hypergradient._seam import Estimator, Memory
@@ -104,5 +109,5 @@ def _residuals(
     curvature = solution.curvature
     if problem.strong_convexity is not None:
         curvature = given_curvature(problem, context.whole, curvature)
-    here, error = second_look(problem, params, solution.value, outer, context, curvature)
+    here, error = residuals_with_error(problem, params, solution.value, outer, context, curvature)
     return here, error.total

@@ -58,8 +58,8 @@ def cg(
     _checks.count("steps", steps, least=0)
 
     def method(operator: Operator, b: Vector) -> tuple[Vector, Array, Array]:
-        square_of_b = dot(b, b)
-        eps = jnp.finfo(square_of_b.dtype).eps
+        rr = dot(b, b)
+        eps = jnp.finfo(rr.dtype).eps
 
         def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             x, r, p, rr, size, smallest, count = carry
@@ -81,10 +81,7 @@ def cg(
             return (x, r, p, following, size, smallest, count + advancing.astype(jnp.int32)), None
 
         zeros = jax.tree.map(jnp.zeros_like, b)
-        start = (
-            *(zeros, b, b, square_of_b, 0 * square_of_b),
-            *(jnp.full_like(square_of_b, jnp.inf), jnp.int32(0)),
-        )
+        start = (zeros, b, b, rr, 0 * rr, jnp.full_like(rr, jnp.inf), jnp.int32(0))
         (x, _, _, _, _, smallest, count), _ = jax.lax.scan(
             body, start, length=useful_steps(steps, b)
         )

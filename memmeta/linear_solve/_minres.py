@@ -83,9 +83,9 @@ def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[An
     gamma2 = jnp.sqrt(gamma1**2 + beta_new**2)
     size = jnp.maximum(size, jnp.sqrt(alpha**2 + beta**2 + beta_new**2))
     # r is known before this step, and so is its Rayleigh quotient
-    met = operator.curvature(r, -c * gamma1 * dot(r, r))
+    curvature = operator.curvature(r, -c * gamma1 * dot(r, r))
     advancing &= phi > eps
-    smallest = jnp.where(advancing, jnp.minimum(smallest, met), smallest)
+    smallest = jnp.where(advancing, jnp.minimum(smallest, curvature), smallest)
     slope = jnp.sqrt(gamma1**2 + (c * beta_new) ** 2)  # ‖A r‖ / ‖r‖
     advancing &= (slope > eps * size) & (gamma2 > eps * size)
 

@@ -69,8 +69,8 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
 
         zeros = jax.tree.map(jnp.zeros_like, b)
         # the power steps count as products too
-        made = jnp.int32(0 if rate is not None else POWER_STEPS)
-        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), made)
+        products = jnp.int32(0 if rate is not None else POWER_STEPS)
+        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), products)
         (x, _, _, _, smallest, count), _ = jax.lax.scan(body, start, length=steps)
         return x, smallest, count
 
