@@ -13,6 +13,7 @@ from memmeta import _checks, certificate
 from memmeta import _trees as trees
 from memmeta.certificate._bound import bound, distance_bound, measure
 from memmeta.hypergradient import implicit
+from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.inner import InnerLoop, accelerated
 from memmeta.linear_solve import cg, extreme_eigenvalues
 from memmeta.linear_solve._spectrum import power_iteration
@@ -243,23 +244,15 @@ def _outer(step: MetaStep, meta_params: MetaParams, tasks: Batch) -> _Outer:
     squares = jax.lax.map(squared, tasks)
     count = squares.size
     variance = jnp.maximum(jnp.mean(squares) - trees.norm(mean) ** 2, 0) * count / (count - 1)
-    # step of the central differences: ε^(1/3), relative to ‖θ‖
-    size = float(jnp.finfo(_coarsest(floats)).eps) ** (1 / 3) * (1 + trees.norm(floats))
+    step_size = step_length(None, floats) * (1 + trees.norm(floats))
 
     def curvature(direction: MetaParams) -> MetaParams:
-        def moved(sign: float) -> MetaParams:
-            shifted = jax.tree.map(
-                lambda x, d: x + sign * size.astype(x.dtype) * d, floats, direction
-            )
-            return mean_gradient(shifted)[0]
-
+        """∂²F u, by central differences."""
+        plus, minus = (
+            mean_gradient(shifted(floats, direction, sign * step_size))[0] for sign in (1.0, -1.0)
+        )
         return jax.tree.map(
-            lambda up, down: (up - down) / (2 * size.astype(up.dtype)), moved(1.0), moved(-1.0)
+            lambda up, down: (up - down) / (2 * step_size.astype(up.dtype)), plus, minus
         )
 
     return _Outer(_power(curvature, floats), variance, metrics.loss)
-
-
-def _coarsest(tree: Any) -> Any:
-    """The coarsest dtype of a tree's leaves."""
-    return max((leaf.dtype for leaf in jax.tree.leaves(tree)), key=lambda d: jnp.finfo(d).eps)
