@@ -1,4 +1,4 @@
-"""Refuse arguments, saying which one, what was found and what was expected."""
+"""Checks of arguments, whose errors say which one, what was found and what was expected."""
 
 import math
 from numbers import Integral, Real
@@ -8,15 +8,8 @@ from typing import Any
 def require(name: str, found: Any, holds: bool, expected: str, remedy: str = "") -> None:
     """Raise unless a condition on an argument holds.
 
-    Args:
-        name: of the argument.
-        found: its value.
-        holds: the condition.
-        expected: what should have been there.
-        remedy: what to do about it, one sentence or none.
-
     Raises:
-        ValueError: it does not.
+        ValueError: it does not; the remedy is one sentence or none.
 
     Example:
         >>> require("steps", -1, False, "a whole number, 0 or more")

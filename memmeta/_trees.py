@@ -1,4 +1,4 @@
-"""Pytrees split in two and put together again, and what an output depends on."""
+"""Internal: pytrees split and merged, their norm, and which outputs depend on which inputs."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,13 +18,6 @@ def is_inexact(leaf: Any) -> bool:
 def split(tree: PyTree, chosen: PyTree[bool]) -> tuple[PyTree, PyTree]:
     """Split a tree into (chosen, others), each with `None` where the other has its leaf.
 
-    Args:
-        tree: any pytree.
-        chosen: the same tree with a Python bool at each leaf.
-
-    Returns:
-        Two trees that `merge` puts together again.
-
     Example:
         >>> split({"a": 1.0, "b": 2}, {"a": True, "b": False})
         ({'a': 1.0, 'b': None}, {'a': None, 'b': 2})
@@ -35,7 +28,7 @@ def split(tree: PyTree, chosen: PyTree[bool]) -> tuple[PyTree, PyTree]:
 
 
 def merge(kept: PyTree, rest: PyTree) -> PyTree:
-    """Put together what `split` took apart.
+    """The inverse of `split`.
 
     Example:
         >>> merge({"a": 1.0, "b": None}, {"a": None, "b": 2})
@@ -164,23 +157,6 @@ def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree
     return [outputs_of(index) for index in range(leaves)]
 
 
-def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> PyTree[bool]:
-    """Which output leaves have a derivative by any inexact input leaf, in the sense of `reach`.
-
-    Args:
-        function: a pure function of one pytree.
-        argument: where to trace it, with at least one inexact leaf.
-
-    Returns:
-        The tree of outputs with a Python bool at each leaf.
-
-    Example:
-        >>> dependence(lambda x: {"a": 2 * x, "b": jnp.ones(3)}, 1.0)
-        {'a': True, 'b': False}
-    """
-    return jax.tree.map(lambda *flags: any(flags), *reach(function, argument))
-
-
 def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
     """Follow the marked inputs of a traced function through it to its outputs."""
     jaxpr = closed.jaxpr
@@ -231,17 +207,10 @@ def _looped(body: ClosedJaxpr, inputs: list[bool], constants: int, carried: int)
 
 
 def leading_size(tree: PyTree, name: str) -> int:
-    """The length of the leading axis shared by all leaves of a tree.
-
-    Args:
-        tree: arrays with a common leading axis.
-        name: how to call the tree in an error.
-
-    Returns:
-        That length.
+    """The size of the leading axis shared by all leaves of a tree, called `name` in errors.
 
     Raises:
-        ValueError: there is no leaf, a leaf is a scalar, or the lengths differ.
+        ValueError: there is no leaf, a leaf is a scalar, or the sizes differ.
 
     Example:
         >>> leading_size({"x": np.ones((4, 2)), "y": np.ones(4)}, "tasks")
@@ -291,12 +260,8 @@ def hoisted(
 ) -> tuple[Callable[..., PyTree], list[Array]]:
     """A function with everything it closes over as an argument, as custom derivatives need it.
 
-    Args:
-        function: of pytrees of arrays.
-        arguments: where to trace it.
-
     Returns:
-        pure(values, *arguments), and the values it was closed over.
+        pure(values, *arguments), traced at the arguments, and the values it was closed over.
 
     Example:
         >>> pure, values = hoisted(lambda x: x + 1, jnp.ones(2))

@@ -36,14 +36,14 @@ Scalar: TypeAlias = Float[Array, ""]
 
 
 class Task(NamedTuple):
-    """A few-shot task: examples to adapt on (support) and examples to be judged on (query).
+    """A few-shot task: examples to adapt on (support) and examples to evaluate on (query).
 
     Attributes:
         support_inputs: [support, ...] examples, any dtype (images are uint8 until the network).
         support_targets: [support, ...] class indices (int32) or regression targets (float).
         query_inputs: [query, ...] examples.
         query_targets: [query, ...] class indices or regression targets. A class index of -1, here
-            and above, marks padding: no loss, no statistic and no accuracy takes notice of it.
+            and above, marks padding, which counts in no loss, no batch statistic and no accuracy.
     """
 
     support_inputs: Shaped[Array, "*support"]
@@ -53,10 +53,12 @@ class Task(NamedTuple):
 
 
 class Deviations(NamedTuple):
-    r"""How far one task's derivatives at φ̂ can be from those at φ*, v̂ held fixed.
+    r"""Bounds on how much one task's derivatives change between φ̂ and φ*, v̂ held fixed.
 
-    With $M = \partial^2_{c\phi} g$ and $H = \partial^2_{\phi\phi} g$, a hat for values at φ̂ and a
-    star for those at φ*. `memmeta.certificate.deviations_from` makes them of Lipschitz constants.
+    φ̂ is the inner loop's answer, φ* the minimiser, v̂ the linear solver's answer and c the context.
+    With $M = \partial^2_{c\phi} g$ and $H = \partial^2_{\phi\phi} g$, a hat stands for values at φ̂
+    and a star for those at φ*. `memmeta.certificate.deviations_from` computes them from Lipschitz
+    constants.
 
     Attributes:
         outer_context: bound on ‖∂_c f(φ̂) − ∂_c f(φ*)‖.
@@ -110,11 +112,12 @@ def unstacked(matrix: Float[Array, "augmented ways"], like: Params) -> Params:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a problem knows of its own losses beyond their values; every field is optional.
+    """What is known of a problem's losses beyond their values; every field is optional.
 
     Attributes:
         head: context -> `LinearHead`. Lets `woodbury` and `sample_space` work on (support × ways)
-            numbers, however many features there are. φ is then {"kernel", "bias"}.
+            numbers, however many features there are. φ must then be {"kernel": [features, ways],
+            "bias": [ways]}.
         deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
             distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
             a rigorous error bound.
@@ -144,7 +147,7 @@ class Problem:
         outer_loss: (φ, context) -> (f, aux), on the query examples; aux is any pytree of arrays.
         init: θ -> φ₀, where every task's inner loop starts.
         smoothness: context -> L with ∂²_φφ g ⪯ L·I for every φ. Optional: without it the default
-            inner solvers measure the curvature and check every step.
+            inner solvers measure the curvature and check every step. With it no step is checked.
         strong_convexity: context -> μ with ∂²_φφ g ⪰ μ·I for every φ. Optional: a ridge or a
             proximal term gives it. Certificates are rigorous only with it.
         structure: what else is known of the losses, see `Structure`.
@@ -179,9 +182,9 @@ def hessian_product(
 ) -> tuple[Params, Callable[[Params], Params]]:
     r"""∇_φ g and u ↦ ∂²_φφ g u at φ, forward over reverse (reverse twice through `jax.custom_vjp`).
 
-    Each product computes the gradient's intermediate values anew: what is kept between products is
-    φ alone, and a product takes the memory of little more than two gradients. Kept, as
-    `jax.linearize` keeps them, they take twice that and save a twentieth of the time or nothing.
+    Each product recomputes the intermediate values of the gradient, so that φ alone is kept between
+    products and one product takes the memory of about two gradients. `jax.linearize` by itself
+    would keep them: twice the memory, at most a twentieth less time (jax 0.10.2, CPU).
 
     Args:
         problem: its inner loss is used.
@@ -205,6 +208,8 @@ def hessian_product(
         ([1.0, 5.0], [1.0, 5.0])
     """
 
+    # Without it `jax.linearize` keeps every intermediate value of the gradient while the linear
+    # solver runs.
     @jax.checkpoint
     def slope(params: Params) -> Params:
         return jax.grad(problem.inner_loss)(params, context)
@@ -225,7 +230,7 @@ def _require_no_forward_rule(error: TypeError) -> None:
 
 
 class SplitContext(NamedTuple):
-    """A context with the leaves that θ reaches apart from the others.
+    """A context in two parts: the leaves that depend on θ, and the others.
 
     Estimators differentiate by `active` alone; the user's functions always see `whole`.
 
@@ -274,14 +279,7 @@ class Products(NamedTuple):
 
 
 def products(problem: Problem, params: Params, u: Params, context: SplitContext) -> Products:
-    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one pass.
-
-    Args:
-        problem: its inner loss is used.
-        params: φ.
-        u: the direction, like φ.
-        context: of one task.
-    """
+    """∇_φ g, ∂²_φφ g u and ∂²_cφ g u at φ, in one pass."""
 
     def inner_loss(params: Params, active: Context) -> Scalar:
         return problem.inner_loss(params, context.at(active))

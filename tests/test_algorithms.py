@@ -143,3 +143,11 @@ def test_wrong_options_are_named():
 def test_every_method_has_a_source():
     for method in METHODS.values():
         assert "Source:" in inspect.getdoc(method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_the_loss_it_is_given(name, tasks):
+    learner = METHODS[name](network(), loss=lambda outputs, targets: jnp.full(len(targets), 3.0))
+    problem, theta = learner.problem, learner.init(jax.random.key(1))
+    context = problem.embed(theta, jax.tree.map(lambda leaf: leaf[0], tasks))
+    assert problem.outer_loss(problem.init(theta), context)[0] == 3.0

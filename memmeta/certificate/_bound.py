@@ -1,7 +1,7 @@
-r"""How wrong an implicit hypergradient can be, from what was measured at the inner solution.
+r"""How wrong an implicit hypergradient can be, from what was measured at φ̂.
 
-Nothing is assumed of how φ̂ and v̂ were found: any inner solver, any linear solver, stopped however
-early. The derivation is in docs/theory.md.
+φ̂ and v̂ may come from any inner solver and any linear solver, stopped however early. The derivation
+is in docs/theory.md.
 """
 
 from collections.abc import Callable
@@ -64,16 +64,7 @@ def distance_bound(gradient: Scalar, strong_convexity: Scalar) -> Scalar:
 
     $$\|\hat\phi - \phi^*\| \le \|\nabla_\phi g(\hat\phi)\| / \mu$$
 
-    Args:
-        gradient: ‖∇_φ g(φ̂)‖.
-        strong_convexity: μ; the bound is infinite for 0.
-
-    Returns:
-        The bound.
-
-    Example:
-        >>> round(float(distance_bound(jnp.float32(0.1), jnp.float32(0.5))), 3)
-        0.2
+    Infinite for μ = 0.
     """
     return _divided(gradient, strong_convexity)
 

@@ -1,7 +1,7 @@
 r"""An estimate of a hypergradient's error, from derivatives at φ̂ and at a second point.
 
-Nothing is assumed of how φ̂ and v̂ were found: a linear solver's v̂ serves, and so does the one that
-an unrolled loop amounts to (see `tilted`). No linear system is solved here.
+φ̂ and v̂ may come from anywhere: v̂ from a linear solver, or from an unrolled loop, whose derivative
+contains one (see `tilted`). No linear system is solved here.
 """
 
 from dataclasses import replace
@@ -53,7 +53,7 @@ class Residuals(NamedTuple):
 
     Attributes:
         inner: ∇_φ g.
-        params: r = ∂_φ f − ∂²_φφ g v̂, what the linear solver left over.
+        params: r = ∂_φ f − ∂²_φφ g v̂, the linear solver's residual.
         context: ∂_c f − ∂²_cφ g v̂, the implicit hypergradient in the context.
     """
 
@@ -84,7 +84,7 @@ def gain_along(
     return _ratio(products(problem, params, direction, context).mixed, direction)
 
 
-def second_look(
+def residuals_with_error(
     problem: Problem,
     params: Params,
     v: Params,
@@ -92,11 +92,11 @@ def second_look(
     context: SplitContext,
     curvature: Scalar,
     gain: Scalar | None = None,
-    left: Scalar | None = None,
+    residual: Scalar | None = None,
 ) -> tuple[Residuals, Certificate]:
-    r"""The implicit hypergradient at φ̂ and v̂, and its error from a second look at φ̂ − δ.
+    r"""The implicit hypergradient at φ̂ and v̂, and its error from a second point φ̂ − δ.
 
-    With δ = ∇_φ g / μ̂ for the way to the inner solution, Δ for the change from φ̂ to φ̂ − δ, and r
+    With δ = ∇_φ g / μ̂ for the step to the inner solution, Δ for the change from φ̂ to φ̂ − δ, and r
     for ∂_φ f − ∂²_φφ g v̂ at φ̂,
     $$\underbrace{\|\Delta(\partial_c f - \partial^2_{c\phi} g\, \hat v)\| + \frac{C}{\hat\mu}
       \|\Delta(\partial_\phi f - \partial^2_{\phi\phi} g\, \hat v)\|}_{\text{inner}}
@@ -104,18 +104,18 @@ def second_look(
       C = \|\partial^2_{c\phi} g\, \hat v\| / \|\hat v\|$$
 
     Its first term is the inner loop's error at fixed v̂, the others are those of v̂, through the
-    inner loop and through r. An estimate: μ̂ may be too large where it was only met and not given,
+    inner loop and through r. An estimate: μ̂ may be too large where it was measured and not given,
     and ∂²_cφ g may act more strongly than along v̂. Two mixed products and a gradient of f.
 
     Args:
         problem: both losses are used.
         params: φ̂.
         v: v̂.
-        outer: `outer_gradients` at φ̂, which are known by then.
+        outer: `outer_gradients` at φ̂.
         context: of one task.
         curvature: μ̂; where it is not positive, or not known, the estimate is infinite.
         gain: C, where it is known otherwise.
-        left: ‖r‖ of the v̂ that is meant, where the one given only stands for it.
+        residual: ‖r‖, where it is known otherwise.
 
     Returns:
         The residuals at φ̂, and the estimate.
@@ -126,7 +126,8 @@ def second_look(
     here = residuals(problem, params, v, outer, context)
     rate = 1 / jnp.where(known, curvature, 1)
     moved = jax.tree.map(lambda p, g: p - rate.astype(g.dtype) * g, params, here.inner)
-    # Without the barriers XLA (0.10) starts all passes at once and keeps what each stores.
+    # Without the barriers XLA (jax 0.10.2) starts all passes at once, and holds the intermediate
+    # values of each.
     moved, here = jax.lax.optimization_barrier((moved, here))
     outer_there = outer_gradients(problem, moved, context)
     moved, outer_there = jax.lax.optimization_barrier((moved, outer_there))
@@ -135,9 +136,9 @@ def second_look(
     change = jax.tree.map(jnp.subtract, there, here)
     if gain is None:
         gain = _ratio(jax.tree.map(jnp.subtract, outer[1], here.context), v)
-    left = trees.norm(here.params) if left is None else left
+    residual = trees.norm(here.params) if residual is None else residual
     by_inner = trees.norm(change.context) + gain * trees.norm(change.params) * rate
-    by_linear = gain * left * rate
+    by_linear = gain * residual * rate
 
     def unless_unknown(value: Scalar) -> Scalar:
         return jnp.where(known & jnp.isfinite(by_inner + by_linear), value, jnp.inf)
@@ -148,18 +149,18 @@ def second_look(
 
 
 def _ratio(image: Context, direction: Params) -> Scalar:
-    length = trees.norm(direction)
-    return trees.norm(image) / jnp.where(length > 0, length, 1)
+    norm = trees.norm(direction)
+    return trees.norm(image) / jnp.where(norm > 0, norm, 1)
 
 
 def estimate(
     problem: Problem, params: Params, solution: Params, context: Context, steps: int = 10
 ) -> Certificate:
-    r"""An estimate of the error at φ̂ and v̂, for losses whose constants nobody can give.
+    r"""An estimate of the error at φ̂ and v̂, for losses without known constants.
 
-    `second_look` with a measured μ̂ and C: μ̂ is `Problem.strong_convexity`, or else the smallest
-    Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the smallest eigenvalue), and
-    C = ‖∂²_cφ g‖ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g.
+    `residuals_with_error` with a measured μ̂ and C: μ̂ is `Problem.strong_convexity`, or else the
+    smallest Ritz value of `steps` Lanczos steps from ∇_φ g (an overestimate of the smallest
+    eigenvalue), and C = ‖∂²_cφ g‖ comes from power steps on (∂²_cφ g)ᵀ∂²_cφ g.
 
     Costs about 3 · `steps` Hessian-vector products.
 
@@ -196,12 +197,12 @@ def estimate(
 
     _, forward = jax.linearize(inner_gradient, split.active)
     backward = jax.linear_transpose(forward, split.active)
-    still = trees.norm(gradient) == 0  # a converged φ̂ gives no direction
-    first = jax.tree.map(lambda g: jnp.where(still, 1, g).astype(g.dtype), gradient)
+    converged = trees.norm(gradient) == 0  # which gives no direction to start from
+    first = jax.tree.map(lambda g: jnp.where(converged, 1, g).astype(g.dtype), gradient)
     gain = jnp.sqrt(power_iteration(lambda u: forward(*backward(u)), first, steps))
     outer = outer_gradients(problem, params, split)
     curvature = curvature.astype(gain.dtype)
-    return second_look(problem, params, solution, outer, split, curvature, gain)[1]
+    return residuals_with_error(problem, params, solution, outer, split, curvature, gain)[1]
 
 
 def given_curvature(problem: Problem, context: Context, like: Scalar) -> Scalar:
@@ -215,11 +216,8 @@ def tilted(problem: Problem, tilt: Params | None) -> Problem:
 
     At an inner solution dφ*/de = −[∂²_φφ g]⁻¹. So the cotangent of e after a loop is −v̂ of the
     linear solve that the loop amounts to, for any inner solver: with gradient descent, for
-    instance, K terms of the Neumann series. The values are those of e = 0.
-
-    Args:
-        problem: the problem.
-        tilt: e, zeros like φ; None leaves the problem as it is.
+    instance, K terms of the Neumann series. Called with e = 0, so the values stay; None leaves the
+    problem as it is.
     """
     if tilt is None:
         return problem
@@ -231,70 +229,53 @@ def tilted(problem: Problem, tilt: Params | None) -> Problem:
     return replace(problem, inner_loss=inner_loss)
 
 
-def error_of_claimed(
-    problem: Problem, params: Params, v: Params, claimed: Context, context: SplitContext
+def error_of_given(
+    problem: Problem, params: Params, v: Params, given: Context, context: SplitContext
 ) -> tuple[Scalar, Scalar]:
-    r"""The error of a hypergradient that was found otherwise than from its v̂.
+    r"""The error of a hypergradient c̄ that was not computed from its v̂.
 
     $$\|\bar c - \nabla_c\| + \|\nabla_c - \nabla F\|, \qquad
       \nabla_c = \partial_c f - \partial^2_{c\phi} g \, \hat v$$
 
-    the first measured, the second by `second_look`.
-
-    Args:
-        problem: with a `strong_convexity`.
-        params: φ̂.
-        v: v̂.
-        claimed: c̄, the hypergradient in the context's active leaves.
-        context: of one task.
-
-    Returns:
-        The estimate, and the curvature v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂ met on the way.
+    the first measured, the second by `residuals_with_error`. Returned with the curvature
+    v̂ᵀ ∂²_φφ g v̂ / v̂ᵀv̂. The problem needs a `strong_convexity`.
     """
-    # Otherwise XLA begins while the loop's backward pass still holds its iterates.
-    params, v, claimed = jax.lax.optimization_barrier((params, v, claimed))
+    # XLA (jax 0.10.2) would otherwise start here while the loop's backward pass still holds its
+    # iterates.
+    params, v, given = jax.lax.optimization_barrier((params, v, given))
     outer = outer_gradients(problem, params, context)
-    length = trees.norm(v)
-    curvature = given_curvature(problem, context.whole, length)
-    here, error = second_look(problem, params, v, outer, context, curvature)
-    quotient = dot(v, jax.tree.map(jnp.subtract, outer[0], here.params))
-    met = jnp.where(length > 0, quotient / jnp.where(length > 0, length, 1) ** 2, jnp.inf)
-    found = trees.norm(jax.tree.map(jnp.subtract, claimed, here.context)) + error.total
-    return jnp.where(jnp.isfinite(found), found, jnp.inf), met
+    norm = trees.norm(v)
+    mu = given_curvature(problem, context.whole, norm)
+    here, error = residuals_with_error(problem, params, v, outer, context, mu)
+    quadratic = dot(v, jax.tree.map(jnp.subtract, outer[0], here.params))
+    curvature = jnp.where(norm > 0, quadratic / jnp.where(norm > 0, norm, 1) ** 2, jnp.inf)
+    total = trees.norm(jax.tree.map(jnp.subtract, given, here.context)) + error.total
+    return jnp.where(jnp.isfinite(total), total, jnp.inf), curvature
 
 
 def error_of_loop(
     problem: Problem, start: Params, params: Params, context: SplitContext, start_counts: bool
 ) -> Scalar:
-    r"""The error of the exact gradient of a loop that nobody differentiates in reverse.
+    r"""The error of the exact gradient of a loop that is not differentiated in reverse.
 
-    What the loop has left of ∂_φ f is not known then. It is taken to be the share that the loop has
-    left of ∇_φ g; in the terms of `second_look`,
+    The residual of ∂_φ f is not known then, and is taken to be the same share of ∂_φ f as
+    ∇_φ g(φ_K) is of ∇_φ g(φ₀); in the terms of `residuals_with_error`,
     $$\|r\| \approx \|\partial_\phi f\| \,
       \|\nabla_\phi g(\phi_K)\| / \|\nabla_\phi g(\phi_0)\|$$
 
-    and v̂ stands along ∂_φ f, as long as one step of steepest descent makes it. Three mixed
-    products, two gradients of f and one of g.
-
-    Args:
-        problem: with a `strong_convexity`.
-        start: φ₀.
-        params: φ_K.
-        context: of one task.
-        start_counts: whether φ₀ depends on θ: then what is left of ∂_φ f reaches θ through it.
-
-    Returns:
-        The estimate.
+    and v̂ is replaced by one step of steepest descent on the linear system, from zero. Three mixed
+    products, two gradients of f and one of g. `start_counts`: whether φ₀ depends on θ; the residual
+    then reaches θ through φ₀. The problem needs a `strong_convexity`.
     """
     outer = outer_gradients(problem, params, context)
-    length = trees.norm(outer[0])
+    norm = trees.norm(outer[0])
     here = products(problem, params, outer[0], context)
-    quotient = dot(outer[0], here.hessian)
-    scale = jnp.where(quotient > 0, length**2 / jnp.where(quotient > 0, quotient, 1), 0)
+    quadratic = dot(outer[0], here.hessian)
+    scale = jnp.where(quadratic > 0, norm**2 / jnp.where(quadratic > 0, quadratic, 1), 0)
     first = trees.norm(jax.grad(problem.inner_loss)(start, context.whole))
-    left = length * trees.norm(here.gradient) / jnp.where(first > 0, first, 1)
+    residual = norm * trees.norm(here.gradient) / jnp.where(first > 0, first, 1)
     v = jax.tree.map(lambda x: scale.astype(x.dtype) * x, outer[0])
-    curvature = given_curvature(problem, context.whole, length)
-    error = second_look(problem, params, v, outer, context, curvature, left=left)[1].total
-    error = error + left if start_counts else error
+    mu = given_curvature(problem, context.whole, norm)
+    error = residuals_with_error(problem, params, v, outer, context, mu, residual=residual)[1].total
+    error = error + residual if start_counts else error
     return jnp.where(jnp.isfinite(error), error, jnp.inf)

@@ -18,12 +18,6 @@ def largest_eigenvalue_bound(gram: Float[Array, "n n"]) -> Scalar:
     by repeated squaring: matrix products only, no eigensolver on the device; at most 16 % above
     for n = 100.
 
-    Args:
-        gram: [n, n], symmetric, positive semi-definite.
-
-    Returns:
-        The bound.
-
     Example:
         >>> round(float(largest_eigenvalue_bound(jnp.diag(jnp.array([3.0, 1.0])))), 3)
         3.0

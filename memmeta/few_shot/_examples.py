@@ -1,4 +1,4 @@
-"""Losses example by example, and their means over the examples that are no padding."""
+"""The loss of each example, and means over the examples that are not padding."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -107,7 +107,7 @@ def by_targets(
 
 
 def of_examples(loss: Loss | None) -> Losses:
-    """A loss of the user's as one that is told the task's classes; `by_targets` for None."""
+    """A user's loss with the signature of `Losses`, the classes ignored; `by_targets` for None."""
     if loss is None:
         return by_targets
     return lambda outputs, targets, classes: loss(outputs, targets)
@@ -134,14 +134,8 @@ def query_mean(
 ) -> tuple[Scalar, dict[str, Scalar]]:
     """The mean loss, and {"accuracy": ...} where targets are classes; padding does not count.
 
-    Both are not-a-number for a task that has no example to adapt on or to be judged on, or a label
+    Both are not-a-number for a task that has no example to adapt on or to evaluate on, or a label
     that no output stands for: its meta-step leaves it out and counts it.
-
-    Args:
-        losses: of the examples.
-        outputs: of the query examples.
-        targets: theirs.
-        support_targets: of the examples that were adapted on.
     """
     ways = outputs.shape[-1]
     classes = classes_of(support_targets, ways)

@@ -28,7 +28,7 @@ SOFTMAX: Caps = (0.5, 6**0.5 / 9)
 SQUARED: Caps = (1.0, 0.0)
 
 FAR = 60.0
-"""A reach beyond which e^R says nothing more."""
+"""Where R_i reaches this, e^R is so large that the bound is taken to be infinite."""
 
 
 class _Samples(NamedTuple):
@@ -36,14 +36,14 @@ class _Samples(NamedTuple):
 
     Attributes:
         features: X̃.
-        length: ‖x̃_i‖.
+        norm: [n] ‖x̃_i‖.
         shares: s_i, which add up to 1; zero for padding.
         logits: z_i.
         slopes: ∂ℓ_i/∂z_i.
     """
 
     features: Float[Array, "n augmented"]
-    length: Float[Array, " n"]
+    norm: Float[Array, " n"]
     shares: Float[Array, " n"]
     logits: Float[Array, "n ways"]
     slopes: Float[Array, "n ways"]
@@ -58,8 +58,8 @@ def _samples(
         logits = jnp.where(classes, logits, -jnp.inf)
     predicted = jax.nn.softmax(logits) if caps == SOFTMAX else logits
     slopes = jnp.where(classes, predicted - as_values(targets, classes.size, features.dtype), 0)
-    length = jnp.linalg.norm(features, axis=1)
-    return _Samples(features, length, shares(weights, features.dtype), logits, slopes)
+    norm = jnp.linalg.norm(features, axis=1)
+    return _Samples(features, norm, shares(weights, features.dtype), logits, slopes)
 
 
 def _support_and_query(
@@ -100,52 +100,56 @@ def head_deviations(
     assert problem.strong_convexity is not None
     a, t = caps
     support, query = _support_and_query(params, context, caps)
-    dtype = support.length.dtype
+    dtype = support.norm.dtype
     mu, value = problem.strong_convexity(context), problem.inner_loss(params, context)
     mu, value, radius = (x.astype(dtype) for x in (jnp.where(mu > 0, mu, 1), value, radius))
     matrix, direction = (stacked(x).astype(dtype) for x in (params, solution))
-    heaviest = jnp.max(support.shares)
-    moved, query_moved = _moved(support, radius, caps), _moved(query, radius, caps)
+    largest_share = jnp.max(support.shares)
+    shifts, query_shifts = _shifts(support, radius, caps), _shifts(query, radius, caps)
 
     kernel = jnp.sqrt(
         jnp.minimum((squared_norm_bound(matrix[:-1]) ** 0.5 + radius) ** 2, 2 * value / mu)
     )
     errors = jnp.sqrt(squared_norm_bound(support.shares[:, None] * support.slopes))
     errors = jnp.minimum(
-        errors + trees.norm(support.shares * moved), jnp.sqrt(2 * heaviest * value)
+        errors + trees.norm(support.shares * shifts), jnp.sqrt(2 * largest_share * value)
     )
-    bent = kernel * jnp.sqrt(a * heaviest)
-    sensitivity = errors / mu + bent / (2 * jnp.sqrt(mu))
+    kernel_term = kernel * jnp.sqrt(a * largest_share)
+    sensitivity = errors / mu + kernel_term / (2 * jnp.sqrt(mu))
 
     along = support.features @ direction  # u
-    curved = _curved(support, along, caps)
+    image = _image(support, along, caps)
     size = jnp.linalg.norm(along, axis=1)
-    change = jnp.minimum(t * support.length * radius, a) * size  # of D_i u_i
-    turned = jnp.sqrt(_curvature(support) * jnp.sum(support.shares * change**2))  # ‖ΔH v̂‖
-    energy = jnp.minimum(_energy(support, along, curved, radius, caps), turned / jnp.sqrt(mu))
-    hessian = jnp.minimum(sensitivity * turned, (errors / jnp.sqrt(mu) + bent) * energy)
+    change = jnp.minimum(t * support.norm * radius, a) * size  # of D_i u_i
+    hessian_change = jnp.sqrt(_curvature(support) * jnp.sum(support.shares * change**2))  # ‖ΔH v̂‖
+    energy = jnp.minimum(
+        _energy(support, along, image, radius, caps), hessian_change / jnp.sqrt(mu)
+    )
+    hessian = jnp.minimum(
+        sensitivity * hessian_change, (errors / jnp.sqrt(mu) + kernel_term) * energy
+    )
 
-    across = jnp.sqrt(squared_norm_bound(direction[:-1])) * moved + kernel * change
+    across = jnp.sqrt(squared_norm_bound(direction[:-1])) * shifts + kernel * change
     query_errors = jnp.linalg.norm(query.slopes, axis=1)
-    steepness = _curvature(query)
-    spread = jnp.sqrt(steepness * jnp.sum(query.shares * query_moved**2))
+    query_curvature = _curvature(query)
+    spread = jnp.sqrt(query_curvature * jnp.sum(query.shares * query_shifts**2))
     return Deviations(
-        outer_context=trees.norm(query.shares * (query_errors * radius + kernel * query_moved)),
-        outer_params=jnp.minimum(a * steepness * radius, spread),
-        mixed=trees.norm(support.shares * (across + radius * jnp.linalg.norm(curved, axis=1))),
+        outer_context=trees.norm(query.shares * (query_errors * radius + kernel * query_shifts)),
+        outer_params=jnp.minimum(a * query_curvature * radius, spread),
+        mixed=trees.norm(support.shares * (across + radius * jnp.linalg.norm(image, axis=1))),
         hessian=hessian,
         sensitivity=sensitivity,
         embedding=jnp.ones_like(mu),
     )
 
 
-def _moved(samples: _Samples, radius: Scalar, caps: Caps) -> Float[Array, " n"]:
+def _shifts(samples: _Samples, radius: Scalar, caps: Caps) -> Float[Array, " n"]:
     """d_i: how far ∂ℓ_i can be from where it is at φ̂; two probabilities differ by at most √2."""
-    moved = caps[0] * samples.length * radius
-    return jnp.minimum(moved, 2**0.5) if caps == SOFTMAX else moved
+    shifts = caps[0] * samples.norm * radius
+    return jnp.minimum(shifts, 2**0.5) if caps == SOFTMAX else shifts
 
 
-def _curved(samples: _Samples, along: Array, caps: Caps) -> Array:
+def _image(samples: _Samples, along: Array, caps: Caps) -> Array:
     """D_i u_i at φ̂."""
     if caps != SOFTMAX:
         return along
@@ -153,13 +157,13 @@ def _curved(samples: _Samples, along: Array, caps: Caps) -> Array:
     return p * (along - jnp.sum(p * along, axis=1, keepdims=True))
 
 
-def _energy(samples: _Samples, along: Array, curved: Array, radius: Scalar, caps: Caps) -> Scalar:
+def _energy(samples: _Samples, along: Array, image: Array, radius: Scalar, caps: Caps) -> Scalar:
     """ΔH v̂ in the norm of H*⁻¹: D_i changes by a factor of at most e^R, R as two logits differ."""
     if caps != SOFTMAX:
         return jnp.zeros_like(radius)
-    reach = 2**0.5 * samples.length * radius
+    reach = 2**0.5 * samples.norm * radius
     size = jnp.sum(along**2, axis=1)
-    squares = jnp.sum(along * curved, axis=1) + 4 * jnp.finfo(size.dtype).eps * size
+    squares = jnp.sum(along * image, axis=1) + 4 * jnp.finfo(size.dtype).eps * size
     growth = 2 * jnp.sinh(jnp.minimum(reach, FAR) / 2)
     found = jnp.sqrt(jnp.sum(samples.shares * growth**2 * squares))
     return jnp.where(jnp.max(reach) < FAR, found, jnp.inf)

@@ -68,17 +68,8 @@ def linear_head_problem(
 
     with a = ½ for softmax, because diag(p) − ppᵀ ⪯ ½ I, and 1 for squared errors.
 
-    Args:
-        embed: (θ, batch) -> `HeadContext`.
-        init: θ -> {"kernel": [features, ways], "bias": [ways]}.
-        ridge: finite, 0 or more; positive makes g strongly convex.
-        loss_of: context -> its loss.
-
     Returns:
         The problem; everything in it is computed in float32 at least.
-
-    Raises:
-        ValueError: `ridge` is negative or not finite.
     """
     _checks.not_negative("ridge", ridge)
 

@@ -1,7 +1,6 @@
 r"""Few-shot learning as a bilevel problem: which parameters of a network adapt to a task.
 
-Who adapts is one choice; how (the inner loop) and how the hypergradient is found (the estimator)
-are two others, made elsewhere and independent of it.
+The inner loop and the estimator are chosen elsewhere and do not depend on it.
 """
 
 from collections.abc import Callable
@@ -23,13 +22,14 @@ from memmeta.models import Network, linear_head
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Structure, Task
 
 Statistics: TypeAlias = Literal["transductive", "support", "separate"]
-"""Which images give the batch statistics. "support": the support images those of both passes, so
-that each query image is judged alone. "separate": support and query images each their own, in two
-passes, as in the code that the paper's authors released. "transductive": features computed once are
-of one pass of both together; where the body adapts, as "separate"."""
+"""Which images give the batch statistics. "support": the support images, for both parts alike, so
+that each query image is classified by itself. "separate": support images for support and query
+images for query, in two passes, as in the code that the paper's authors released. "transductive":
+both together, in one pass, where features are computed once; where the body adapts, as
+"separate"."""
 
 Adapts: TypeAlias = Literal["head", "body", "all"] | Callable[[str], bool]
-"""Who adapts: a part of the network, or a predicate on paths such as "body/Conv_0/kernel"."""
+"""A part of the network, or a predicate on paths of parameters such as "body/Conv_0/kernel"."""
 
 
 class NetworkContext(NamedTuple):
@@ -51,17 +51,7 @@ class NetworkContext(NamedTuple):
 def features_of(
     network: Network, body: Params, task: Task, statistics: Statistics
 ) -> tuple[Float[Array, "support features"], Float[Array, "query features"]]:
-    """The features of a task's support and query examples.
-
-    Args:
-        network: the network.
-        body: its body's parameters.
-        task: one task; padding takes no part in the batch statistics.
-        statistics: see `Statistics`.
-
-    Returns:
-        Support features and query features.
-    """
+    """The features of a task's support and query examples."""
     inputs = (task.support_inputs, task.query_inputs)
     weights = (present(task.support_targets), present(task.query_targets))
     if statistics == "separate":

@@ -1,4 +1,4 @@
-"""A look at a batch of few-shot tasks where the user calls in, before anything is compiled."""
+"""Checks of a batch of few-shot tasks, before anything is compiled."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from memmeta.problem import Task
 def check_tasks(ways: int, loss: Loss | None, tasks: Any) -> None:
     """Refuse a batch of tasks whose targets the losses cannot read.
 
-    Shapes and dtypes are looked at always, values outside compiled code only: inside, a task with a
+    Shapes and dtypes are checked always, values outside compiled code only: inside, a task with a
     label that no output stands for is left out and counted.
 
     Args:

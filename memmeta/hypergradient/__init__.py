@@ -1,4 +1,4 @@
-"""Hypergradient estimators: one file each, all behind one seam."""
+"""Hypergradient estimators: one file each, all called in the same way."""
 
 from memmeta.hypergradient._catalogue import ESTIMATORS
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop

@@ -23,11 +23,11 @@ class Entry(NamedTuple):
 
     Attributes:
         make: makes it.
-        aim: what its answer converges to: the gradient at the inner "solution", that through the
-            "steps" of the loop as it is run, or neither ("own").
+        aim: what the answer is exact for: the inner "solution", the "steps" of the loop as it is
+            run, or neither ("own").
         memory: growth with the number K of inner steps.
-        random: whether it draws directions: right on average only.
-        heads: whether it needs a problem with a linear head.
+        random: whether it draws directions, so that it is unbiased but not exact.
+        heads: whether it needs `Structure.head`.
         error: size of its bias in float64, relative to the gradient: 0 for rounding alone.
     """
 

@@ -10,17 +10,15 @@ from memmeta.problem import MetaParams, Scalar
 
 
 def step_length(scale: float | None, tree: Any) -> float:
-    r"""The step length of central differences in a tree of arrays.
+    r"""The step length δ of central differences in a tree of arrays.
 
-    Their error is δ² by the third derivative and ε/δ by rounding: least at δ ∼ ε^(1/3), where it is
-    of the size of ε^(2/3), 2e-5 in float32 and 4e-11 in float64.
+    A central difference is wrong by about δ² (the third derivative) plus ε/δ (rounding), together
+    least at δ ~ ε^(1/3), where the error is about ε^(2/3): 2e-5 in float32 and 4e-11 in float64.
 
     Args:
         scale: δ; None means ε^(1/3).
-        tree: what is moved, or its shapes; the coarsest of its floating-point dtypes counts.
-
-    Returns:
-        δ.
+        tree: the arrays that are perturbed, or their shapes; ε is that of the coarsest
+            floating-point dtype among them.
 
     Source: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
 
@@ -35,6 +33,6 @@ def step_length(scale: float | None, tree: Any) -> float:
     return float(coarsest ** (1 / 3))
 
 
-def shifted(floats: MetaParams, direction: MetaParams, length: float | Scalar) -> MetaParams:
-    """θ + length · u."""
-    return jax.tree.map(lambda x, u: x + jnp.asarray(length).astype(x.dtype) * u, floats, direction)
+def shifted(floats: MetaParams, direction: MetaParams, step: float | Scalar) -> MetaParams:
+    """θ + step · u."""
+    return jax.tree.map(lambda x, u: x + jnp.asarray(step).astype(x.dtype) * u, floats, direction)

@@ -1,4 +1,4 @@
-r"""Estimates of a gradient from directional derivatives along drawn directions.
+r"""Estimates of a gradient from directional derivatives along random directions.
 
     ∇̂F_i = 1/m Σ_j d_ij u_j,    d_ij = ⟨∇F_i, u_j⟩,    u_j ∈ {−1, 1}^dim θ at random
 
@@ -52,7 +52,11 @@ def reported(
     context: SplitContext,
     estimate_error: bool,
 ) -> Report:
-    """The report of one task's loop, with the error of its exact gradient where asked for."""
+    """The report of one task's loop.
+
+    Where asked for with an estimate of how far the gradient of the steps is from that of the inner
+    solution.
+    """
     report, problem, start = report_of_loop(state), all_tasks.problem, all_tasks.start
     if not estimate_error or not has_known_curvature(problem, inner):
         return report
@@ -62,12 +66,12 @@ def reported(
 
 
 class AlongDirections(NamedTuple):
-    """What drawn directions say of a chunk of tasks.
+    """The estimate from random directions for a chunk of tasks.
 
     Attributes:
         gradient: Σ_i w_i ∇̂F_i over the usable tasks.
         usable: [tasks] whether every directional derivative was finite.
-        standard_error: [tasks] estimated expected length of ∇̂F_i − ∇F_i.
+        standard_error: [tasks] estimate of the root mean square of ‖∇̂F_i − ∇F_i‖.
     """
 
     gradient: MetaParams
@@ -82,15 +86,7 @@ def task_losses(
     chunk: Chunk,
     differentiated: bool,
 ) -> Callable[[MetaParams], Float[Array, " tasks"]]:
-    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ.
-
-    Args:
-        problem: the problem.
-        inner: the inner loop.
-        meta_params: θ.
-        chunk: the tasks.
-        differentiated: whether the function will be, and not only evaluated.
-    """
+    """f_i(θ, φ_K) of every task as a function of the inexact leaves of θ."""
     _, others = trees.split_inexact(meta_params)
 
     def losses(floats: MetaParams) -> Float[Array, " tasks"]:
@@ -117,7 +113,7 @@ def along_directions(
     key: Key[Array, ""],
     directions: int,
 ) -> AlongDirections:
-    r"""Average over drawn directions; memory does not grow with their number.
+    r"""Average over random directions; memory does not grow with their number.
 
     Args:
         derivatives: u -> d_i, the directional derivative of every task's loss.
@@ -146,6 +142,7 @@ def along_directions(
     usable = jnp.all(jnp.isfinite(along), axis=0) & (weights > 0)
     shares = jnp.where(usable, along * weights.astype(along.dtype), 0).sum(axis=1) / directions
 
+    # drawn again instead of kept: memory must not grow with m
     def add(gradient: MetaParams, drawn: tuple[Any, ...]) -> tuple[MetaParams, None]:
         share, direction = drawn[0], draw(drawn[1])
         return jax.tree.map(lambda g, u: g + share.astype(g.dtype) * u, gradient, direction), None

@@ -1,4 +1,4 @@
-r"""Chunk estimators made of rules for one task.
+r"""Estimators for a chunk of tasks, from a rule for one task.
 
 Most estimators are rules for one task in the space of its context. `per_task` runs `embed` once for
 the whole chunk, and pulls the rules' cotangents back through it once, so that no array of shape
@@ -22,13 +22,13 @@ from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar,
 
 
 class TaskStart(NamedTuple):
-    """Where a rule begins with one task.
+    """What a rule is given of one task.
 
     Attributes:
-        params: φ₀, or φ̂ of the last meta-step where it is remembered; in float32 at least.
+        params: φ₀, or under a warm start φ̂ of the last meta-step; in float32 or wider.
         context: of the task.
         key: of the task, for inner solvers that draw.
-        guess: of v, where one is remembered.
+        guess: under a warm start v̂ of the last meta-step; else None.
     """
 
     params: Params
@@ -38,7 +38,7 @@ class TaskStart(NamedTuple):
 
 
 class TaskGradient(NamedTuple):
-    """What a rule says of one task.
+    """What a rule returns for one task.
 
     Attributes:
         loss: f, the outer loss.
@@ -46,7 +46,7 @@ class TaskGradient(NamedTuple):
         context: cotangent of the context's active leaves, or None for zero.
         start: cotangent of φ₀, or None for zero.
         report: see `Report`.
-        memory: φ̂ and v̂, of rules that can start from them.
+        memory: φ̂ and v̂, from rules that a warm start can use.
     """
 
     loss: Scalar
@@ -58,14 +58,14 @@ class TaskGradient(NamedTuple):
 
 
 TaskRule: TypeAlias = Callable[[Problem, InnerLoop, TaskStart], TaskGradient]
-"""(problem, inner, where to begin) -> `TaskGradient`, for one task."""
+"""(problem, inner, `TaskStart`) -> `TaskGradient`, for one task."""
 
 
 class Embedded(NamedTuple):
     """A chunk of tasks in the space of their contexts.
 
     Attributes:
-        problem: as a function of wide parameters, see `widened`.
+        problem: in parameters of float32 or wider, see `widened`.
         start: φ₀, wide.
         contexts: of all tasks, with a leading axis.
         dependent: (a tree like φ₀) -> its leaves at which φ₀ depends on θ, None elsewhere.
@@ -87,12 +87,14 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
         theta = trees.merge(floats, others)
         return over_tasks(partial(problem.embed, theta), tasks), problem.init(theta)
 
-    reached, start_reached = trees.dependence(embed, floats)
+    by_leaf = trees.reach(embed, floats)
+    reached, start_reached = jax.tree.map(lambda *flags: any(flags), *by_leaf)
 
     def active_parts(floats: MetaParams) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         contexts, start = embed(floats)
         active, passive = trees.split(contexts, reached)
         moving, _ = trees.split(start, start_reached)
+        # a cotangent has its primal's dtype: wide, so that rules may return wide cotangents of φ₀
         wide = jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), moving)
         return (active, wide), (passive, start)
 
@@ -100,7 +102,8 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
     problem, wide, _ = widened(problem, start)
 
     def dependent(like_start: Params) -> Params:
-        # The flags go first: a cotangent has None where φ₀ has no floating-point leaf.
+        # `tree.map` follows its first tree: the flags have a leaf wherever φ₀ has one, a cotangent
+        # has None at integer leaves.
         return jax.tree.map(lambda keep, leaf: leaf if keep else None, start_reached, like_start)
 
     def pull_back(active_bar: Context, start_bar: Params) -> MetaParams:
@@ -121,7 +124,8 @@ def per_task(
     Args:
         rule: for one task.
         name: of the estimator, for errors.
-        seen: what the rule differentiates; meta-parameters that none of it depends on are refused.
+        seen: what the rule differentiates; meta-parameters on which none of that depends are
+            refused.
         remembers: whether the rule can start from a `Memory`, and gives one back.
 
     Returns:
@@ -159,14 +163,14 @@ def per_task(
 
 
 def _with_error_of_start(found: TaskGradient, all_tasks: Embedded) -> Report:
-    """The inner solution does not depend on φ₀: a cotangent of φ₀ is error in whole."""
+    """Add the norm of φ₀'s cotangent, which is zero at the solution: φ* does not depend on φ₀."""
     estimate, moving = found.report.error_estimate, None
     if found.start is not None:
         moving = all_tasks.dependent(found.start)
     if estimate is None or not jax.tree.leaves(moving):
         return found.report
     estimate += jax.vmap(trees.norm)(moving).astype(estimate.dtype)
-    estimate = jnp.where(jnp.isfinite(estimate), estimate, jnp.inf)
+    estimate = jnp.where(jnp.isfinite(estimate), estimate, jnp.inf)  # not known, see `Report`
     return found.report._replace(error_estimate=estimate)
 
 
@@ -175,6 +179,7 @@ def weighted(tree: PyTree, weights: Float[Array, " tasks"], usable: Array) -> Py
 
     def one(leaf: Array) -> Array:
         shape = (-1,) + (1,) * (leaf.ndim - 1)
+        # `where`, not a product with zero: 0 · NaN is NaN
         return jnp.where(usable.reshape(shape), weights.reshape(shape).astype(leaf.dtype) * leaf, 0)
 
     return jax.tree.map(one, tree)
@@ -213,15 +218,8 @@ def report_of_loop(state: InnerState) -> Report:
 def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:
     """`jax.vmap(function)(*arguments)`; of one task without `vmap`.
 
-    An axis of one task would have XLA copy arrays between layouts that are the same in memory, and
-    make both branches of every condition.
-
-    Args:
-        function: of one task.
-        arguments: pytrees whose leaves have a leading axis of tasks.
-
-    Returns:
-        What the function returns, each leaf with a leading axis of tasks.
+    Under `vmap` over one task XLA (jax 0.10.2, CPU) copies arrays between layouts that are the same
+    in memory, and a `cond` becomes a `select` that computes both branches.
     """
     if jax.tree.leaves(arguments)[0].shape[0] > 1:
         return jax.vmap(function)(*arguments)

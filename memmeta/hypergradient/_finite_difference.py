@@ -68,7 +68,7 @@ def finite_difference(
         refuse_structural_zeros(problem, inner, meta_params, chunk, "finite_difference", loop_seen)
         floats, others = trees.split_inexact(meta_params)
         all_tasks = embedded(problem, meta_params, chunk.tasks)
-        length = step_length(scale, floats)
+        step = step_length(scale, floats)
         direct = partial(_direct_part, inner, all_tasks, estimate_error)
         found = over_tasks(direct, all_tasks.contexts, task_keys(chunk))
 
@@ -80,8 +80,8 @@ def finite_difference(
             return over_tasks(run, contexts, task_keys(chunk))
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
-            plus, minus = (solutions(shifted(floats, direction, sign * length)) for sign in (1, -1))
-            change = jax.tree.map(lambda a, b: (a - b) / (2 * length), plus, minus)
+            plus, minus = (solutions(shifted(floats, direction, sign * step)) for sign in (1, -1))
+            change = jax.tree.map(lambda a, b: (a - b) / (2 * step), plus, minus)
             products = jax.tree.map(lambda c, o: jax.vmap(jnp.vdot)(c, o), change, found.start)
             return sum(jax.tree.leaves(products), jnp.zeros_like(found.loss))
 
@@ -101,7 +101,7 @@ def finite_difference(
 def _direct_part(
     inner: InnerLoop, all_tasks: Embedded, estimate_error: bool, context: SplitContext, key: Array
 ) -> TaskGradient:
-    """The inner loop of one task, and what of ∇F_i does not go through it; ∂_φ f as `start`."""
+    """The inner loop of one task and ∂_c f at its end; `start` holds ∂_φ f."""
     problem = all_tasks.problem
     state = inner.run(problem, all_tasks.start, context.whole, key)
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta.certificate._estimate import gain_along, given_curvature, second_look
+from memmeta.certificate._estimate import gain_along, given_curvature, residuals_with_error
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import ends_seen, start_seen
@@ -59,7 +59,7 @@ def _error(
     gain = gain_along(problem, params, outer[0], context)
     curvature = given_curvature(problem, context.whole, gain)
     nothing = jax.tree.map(jnp.zeros_like, params)
-    return second_look(problem, params, nothing, outer, context, curvature, gain)[1].total
+    return residuals_with_error(problem, params, nothing, outer, context, curvature, gain)[1].total
 
 
 def reptile() -> Estimator:

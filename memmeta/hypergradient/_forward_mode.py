@@ -16,6 +16,7 @@ from memmeta.inner import InnerLoop
 from memmeta.problem import MetaParams, Problem
 
 WIDTH = 16
+"""Tangents carried at once: memory against the number of passes."""
 
 
 def forward_mode(directions: int | None = None, *, estimate_error: bool = True) -> Estimator:

@@ -50,6 +50,9 @@ def with_products(problem: Problem, context: SplitContext, products: Products) -
 
 def _ruled(loss: Callable[..., Scalar], products: Products) -> Callable[..., Scalar]:
     """loss(values, φ, c) with the gradient as usual and the gradient's gradient by the rule."""
+    # Two rules: `ruled` gives the usual gradient by calling `gradient`, whose own rule gives the
+    # second derivatives. The values are hoisted because custom_vjp (jax 0.10.2) cannot close over
+    # traced ones; they are constants of the task here, so their cotangent is None.
     both = jax.grad(loss, argnums=(1, 2))
 
     @jax.custom_vjp

@@ -57,8 +57,8 @@ def hessian_free(scale: float | None = None, *, estimate_error: bool = False) ->
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
     ) -> Hypergradient:
         # Rules see φ in float32 at least; its losses, and so their rounding, see its own dtype.
-        length = step_length(scale, jax.eval_shape(problem.init, meta_params))
-        for_steps = partial(with_products, products=partial(_products, length))
+        step = step_length(scale, jax.eval_shape(problem.init, meta_params))
+        for_steps = partial(with_products, products=partial(_products, step))
         whole = per_task(through(loop, estimate_error, for_steps), "hessian_free")
         return whole(problem, inner, meta_params, chunk)
 
@@ -68,8 +68,8 @@ def hessian_free(scale: float | None = None, *, estimate_error: bool = False) ->
 def _products(
     scale: float, both: Callable[..., Any], params: Params, context: Context, u: Params
 ) -> tuple[Params, Context]:
-    length = trees.norm(u)
-    step = scale / jnp.where(length > 0, length, 1)
+    norm = trees.norm(u)
+    step = scale / jnp.where(norm > 0, norm, 1)  # of u = 0 any step gives zero
     plus, minus = (both(shifted(params, u, sign * step), context) for sign in (1.0, -1.0))
     quotients: tuple[Params, Context] = jax.tree.map(
         lambda a, b: (a - b) / (2 * step).astype(a.dtype), plus, minus

@@ -8,7 +8,12 @@ from jaxtyping import Array
 
 from memmeta import _trees as trees
 from memmeta.certificate._bound import Measured, certify_measured
-from memmeta.certificate._estimate import Residuals, given_curvature, residuals, second_look
+from memmeta.certificate._estimate import (
+    Residuals,
+    given_curvature,
+    residuals,
+    residuals_with_error,
+)
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._on_demand import until
 from memmeta.hypergradient._seam import Estimator, Memory
@@ -34,12 +39,13 @@ def implicit(
     Args:
         solver: of the linear system, see `memmeta.linear_solve`.
         tolerance: how wrong the hypergradient of a task may be; inner steps and solves are spent
-            in turn until its certificate says so, or `inner.steps` are made, see `on_demand`. May
-            be a traced scalar, to be tightened with the outer iterations by `scheduled`. None
-            makes all inner steps and one solve.
+            in turn: rounds of five inner steps and one linear solve, each from where the last one
+            ended, until the certificate is at most this or `inner.steps` are made. May be a traced
+            scalar, to be tightened with the outer iterations by `scheduled`. None makes all inner
+            steps and one solve.
         estimate_error: whether the report has an `error_estimate`. It costs another gradient of f
-            and another mixed product: next to nothing for a head on cached features, a good part
-            of the time where the whole network adapts.
+            and another mixed product: little for a head on cached features, a noticeable share of
+            the time where a whole network adapts.
 
     Returns:
         The estimator.
@@ -68,7 +74,8 @@ def implicit(
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         where = {"problem": problem, "params": params, "context": context}
-        # Without the barrier XLA keeps what the products store until the next pass is over.
+        # XLA (jax 0.10.2) would otherwise start the mixed product before the solve has ended, and
+        # hold the intermediate values of both at once.
         solution = jax.lax.optimization_barrier(solver(product, outer[0], **where, start=guess))
 
         here, estimate = _residuals(problem, params, solution, outer, begin.context, estimate_error)
@@ -102,5 +109,5 @@ def _residuals(
     curvature = solution.curvature
     if problem.strong_convexity is not None:
         curvature = given_curvature(problem, context.whole, curvature)
-    here, error = second_look(problem, params, solution.value, outer, context, curvature)
+    here, error = residuals_with_error(problem, params, solution.value, outer, context, curvature)
     return here, error.total

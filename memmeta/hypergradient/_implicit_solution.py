@@ -22,16 +22,16 @@ def implicit_solution(
     *,
     with_report: bool = False,
 ) -> Callable[[Params, Context], Any]:
-    r"""φ*(c) = argmin_φ g(φ, c), differentiable as often as one likes, in both modes.
+    r"""φ*(c) = argmin_φ g(φ, c), differentiable any number of times, in both modes.
 
     $$d\phi^* = -[\partial^2_{\phi\phi} g]^{-1} \, \partial^2_{\phi c} g \; dc$$
 
     One rule serves `jax.grad`, `jvp`, `jacfwd`, `jacrev`, `hessian`, `vmap`, `jit`, `lax.scan` and
-    `shard_map` (with `check_vma=False`: loops here start from constants). Nothing of the inner loop
-    is stored: memory does not grow with its steps. The derivative by the start is zero, as it is
-    for an exact solution. It holds at a minimiser of `inner_loss`: not where a constraint is
-    active, and not where the inner optimiser decays weights; `with_report` tells how far the loop
-    came, the estimator `implicit` has residuals and error estimates too.
+    `shard_map` (with `check_vma=False`: jax 0.10.2 refuses loops whose carry starts as a constant).
+    Nothing of the inner loop is stored: memory does not grow with its steps. The derivative by the
+    start is zero, as it is for an exact solution. It holds at a minimiser of `inner_loss`: not where
+    a constraint is active, and not where the inner optimiser decays weights; `with_report` tells how
+    far the loop came, the estimator `implicit` has residuals and error estimates too.
 
     Args:
         inner_loss: g, a function of (φ, context).
@@ -56,6 +56,9 @@ def implicit_solution(
         init=lambda theta: theta,
     )
 
+    # custom_jvp with custom_linear_solve, and not custom_vjp: JAX transposes the linear solve
+    # itself, so one rule gives grad, jvp, vmap and derivatives of any order. In its place
+    # `jax.scipy.sparse.linalg.cg` breaks reverse mode (jax 0.10.2).
     @jax.custom_jvp
     def solve(
         floats: Params, others: Params, active: Context, passive: Context

@@ -1,4 +1,4 @@
-"""Accuracy on demand: inner steps and linear solves in turn, until the certificate is met."""
+"""Inner steps and linear solves in turn, until the certificate is at most a tolerance."""
 
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ from memmeta.linear_solve import LinearSolver
 from memmeta.problem import Params, Problem, Scalar, hessian_product
 
 ROUND = 5
-"""Inner steps between two looks at the certificate."""
+"""Inner steps between two looks at the certificate; chosen, not tuned."""
 
 
 class Pair(NamedTuple):
-    """Where the two solves of one task stand.
+    """The state of the inner and the linear solve of one task.
 
     Attributes:
         inner: of φ.
         solution: v.
-        error: what the certificate says of the hypergradient they give.
+        error: the certificate of the hypergradient that they give, a bound or an estimate.
     """
 
     inner: InnerState
@@ -44,16 +44,6 @@ def until(
     Ends when the certificate is at most the tolerance, or `inner.steps` (rounded up to whole
     rounds) are made. The certificate is the rigorous bound where the problem gives its deviations,
     else `certificate.estimate`.
-
-    Args:
-        tolerance: on ‖∇̂F_i − ∇F_i‖; a number or a traced scalar.
-        problem: the problem.
-        inner: the inner loop.
-        solver: of the linear system; each round makes one call.
-        begin: where the task begins.
-
-    Returns:
-        The pair; memory does not grow with the rounds.
     """
     context = begin.context.whole
 

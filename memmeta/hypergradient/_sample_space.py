@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
-from memmeta.certificate._estimate import error_of_claimed
+from memmeta.certificate._estimate import error_of_given
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import loop_seen, losses_seen
@@ -31,6 +31,7 @@ from memmeta.problem import LinearHead, Params, Problem, Scalar, stacked, unstac
 
 Aim: TypeAlias = Literal["steps", "solution"]
 WIDTH = 256
+"""Tangents carried at once: memory against the number of passes."""
 
 
 class Coefficients(NamedTuple):
@@ -110,8 +111,8 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
         alpha_bar, query_bar = query_pull_back(jnp.ones_like(loss))
         _, transposed = jax.vjp(_field(head.support_loss), state.params, support)
         report = report_of_loop(state)
-        judging = estimate_error and has_known_curvature(problem, inner)
-        if judging or differentiate == "solution":
+        estimating = estimate_error and has_known_curvature(problem, inner)
+        if estimating or differentiate == "solution":
             solution = _multipliers(transposed, alpha_bar, support)
         if differentiate == "solution":
             support_bar = jax.tree.map(jnp.negative, transposed(solution.value)[1])
@@ -121,11 +122,11 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
         else:
             support_bar = _through_steps(reduced, inner, alpha_bar, support, begin.key)
         start_bar, context_bar = pull_back((support_bar, query_bar))
-        if judging:
+        if estimating:
             adapted = _in_parameters(
                 head, begin.params, state.params, solution.value, support, query
             )
-            error, _ = error_of_claimed(problem, *adapted, context_bar, context)
+            error, _ = error_of_given(problem, *adapted, context_bar, context)
             report = report._replace(error_estimate=error)
         return TaskGradient(loss, aux, context_bar, start_bar, report)
 
@@ -190,15 +191,16 @@ def _reduced_problem(head: LinearHead, smoothness: Scalar, support: Support) -> 
 
 
 def _run(reduced: Problem, inner: InnerLoop, support: Support, key: Array) -> InnerState:
-    """The loop, with the norm of ∇_Φ g before its last step; the solver sees that of r alone."""
+    """Run the loop; the reported norm is that of ∇_Φ g, where the solver knows that of r alone."""
     if inner.steps == 0:
         return inner.run(reduced, _first(support), support, key)
     before = replace(inner, steps=inner.steps - 1).run(reduced, _first(support), support, key)
     slope = jax.grad(reduced.inner_loss)(before.params, support)
     first_slope = jax.grad(reduced.inner_loss)(_first(support), support)
-    lengths = [jnp.sqrt(jnp.maximum(_square(r, support), 0)) for r in (slope, first_slope)]
+    # by rounding a square of a norm can come out below zero
+    norms = [jnp.sqrt(jnp.maximum(_square(r, support), 0)) for r in (slope, first_slope)]
     after = replace(inner, tolerance=None).advance(reduced, before, support, key, 1)
-    return after._replace(gradient_norm=lengths[0], first_gradient_norm=lengths[1])
+    return after._replace(gradient_norm=norms[0], first_gradient_norm=norms[1])
 
 
 def _through_steps(
@@ -253,6 +255,7 @@ def _in_parameters(
     outer = jax.grad(lambda z: head.query_loss(z)[0])(_logits(alpha, query))
     slope = jax.grad(head.support_loss)
     image = jax.jvp(slope, (_logits(alpha, support),), (multipliers.samples,))[1]
+    # infinite for a ridge of 0, and so is the estimate then
     v = (head.query_features.T @ outer - head.features.T @ image) / support.ridge
     params = alpha.start * stacked(start) + head.features.T @ alpha.samples
     return unstacked(params, start), unstacked(v, start)

@@ -1,4 +1,4 @@
-"""The seam every hypergradient estimator fits: what it is given, and what it gives back."""
+"""The interface of hypergradient estimators: what they are given and what they return."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -20,24 +20,23 @@ class Report(NamedTuple):
     Attributes:
         inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
             converged; infinite where no step was made.
-        inner_reduction: that norm over the one before the first inner step: what share of the slope
-            is left; infinite where no step was made.
+        inner_reduction: that norm over the one before the first inner step; infinite where no step
+            was made.
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
         linear_iterations: Hessian-vector products that went into v̂.
         smallest_curvature: the smallest pᵀ(∂²_φφ g)p / pᵀp met; negative means that φ̂ is no minimum
             and the implicit function theorem does not hold.
-        error_estimate: of ‖∇̂F_i − ∇F_i‖, the distance from the hypergradient of the inner solution,
-            in the space of the context (which is that of θ where the context is θ) and, where φ₀
-            depends on θ, of φ₀; see `memmeta.certificate.estimate`. For estimators that draw
-            directions it is that of their mean. It needs `Problem.strong_convexity` or, for
-            `implicit`, a curvature met.
+        error_estimate: estimate of ‖∇̂F_i − ∇F_i‖, the distance from the hypergradient at the inner
+            solution, measured in the context and, where φ₀ depends on θ, in φ₀; see
+            `memmeta.certificate.estimate`. Of estimators that draw directions: of their mean. Needs
+            `Problem.strong_convexity` or, for `implicit`, a positive curvature met by the solver.
         error_bound: a rigorous bound on the same error, where the problem gives its
             `strong_convexity` and `Structure.deviations`. In θ where `Deviations.embedding` bounds
             ‖∂c/∂θ‖, and its mean over tasks then bounds the error of the whole meta-step; where
             `embedding` is 1, as for linear heads, it bounds the error in c alone.
-        standard_error: the expected length of the random part of the estimate of ∇F_i, of
-            estimators that draw directions.
+        standard_error: estimate of the root mean square of ‖∇̂F_i − E ∇̂F_i‖, of estimators that
+            draw directions.
     """
 
     inner_gradient_norm: Float[Array, "*tasks"]
@@ -72,7 +71,7 @@ class Chunk(NamedTuple):
         numbers: [tasks] which tasks of the meta-step these are.
         key: the meta-step's key, the same for all chunks, so that chunking changes no draw.
         step: the meta-step's number.
-        memory: what the estimator gave back of the same tasks last time; None starts afresh.
+        memory: what the estimator returned for the same tasks last time; None starts afresh.
     """
 
     tasks: Batch
@@ -107,7 +106,7 @@ class Chunk(NamedTuple):
 
 
 class Hypergradient(NamedTuple):
-    """What an estimator says of a chunk of tasks.
+    """What an estimator returns for a chunk of tasks.
 
     Attributes:
         gradient: Σ_i w_i ∇F_i over the usable tasks, like the inexact leaves of the meta-parameters

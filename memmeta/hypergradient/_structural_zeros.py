@@ -20,10 +20,7 @@ def loop_seen(
     problem: Problem, inner: InnerLoop, start: Params, context: Context, key: Array
 ) -> PyTree:
     """What unrolling differentiates: the outer loss at the end of the loop."""
-    wide_problem, wide, restore = widened(problem, start)
-    return problem.outer_loss(restore(inner.run(wide_problem, wide, context, key).params), context)[
-        0
-    ]
+    return problem.outer_loss(inner(problem, start, context, key), context)[0]
 
 
 def losses_seen(
@@ -66,21 +63,14 @@ def refuse_structural_zeros(
     name: str,
     seen: Seen,
 ) -> None:
-    """Raise where an estimator would say zero whatever the data.
+    """Raise where an estimator's answer would be zero whatever the data.
 
     At the inner solution, for instance, φ* depends on θ only through the inner loss: where the
-    inner loop started and with what rate it ran leave no trace.
-
-    Args:
-        problem: the problem.
-        inner: the inner loop.
-        meta_params: θ.
-        chunk: some tasks.
-        name: of the estimator.
-        seen: what the estimator differentiates.
+    inner loop started and with what rate it ran do not appear in it.
 
     Raises:
-        ValueError: naming each meta-parameter that nothing of it depends on, with the remedy.
+        ValueError: naming each meta-parameter on which nothing that the estimator differentiates
+            depends, with the remedy.
     """
     floats, others = trees.split_inexact(meta_params)
     task = jax.tree.map(lambda leaf: leaf[0], chunk.tasks)

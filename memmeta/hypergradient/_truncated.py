@@ -42,6 +42,7 @@ def truncated(last: int, *, estimate_error: bool = True) -> Estimator:
     ) -> InnerState:
         if inner.steps <= last:
             return inner.advance(problem, state, context, key, inner.steps)
+        # the context too: what it did to the first K − k steps is left out
         fixed, fixed_context = jax.lax.stop_gradient((state, context))
         state = inner.advance(problem, fixed, fixed_context, key, inner.steps - last)
         return inner.advance(problem, jax.lax.stop_gradient(state), context, key, last)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from memmeta import _checks
-from memmeta.certificate._estimate import error_of_claimed, tilted
+from memmeta.certificate._estimate import error_of_given, tilted
 from memmeta.hypergradient._estimator import (
     TaskGradient,
     TaskRule,
@@ -24,7 +24,9 @@ from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
 Remat: TypeAlias = Literal["none", "step", "sqrt", "recursive"]
 Outcome: TypeAlias = tuple[Scalar, tuple[Any, InnerState]]
-checkpoint = partial(jax.checkpoint, prevent_cse=False)  # inside a scan XLA cannot undo it
+# `prevent_cse` is for code outside of loops: in a scan XLA cannot merge the second computation
+# with the first.
+checkpoint = partial(jax.checkpoint, prevent_cse=False)
 Loop: TypeAlias = Callable[[Problem, InnerLoop, InnerState, Context, Key[Array, ""]], InnerState]
 """(problem, inner, the state before the first step, context, key) -> the state after the last."""
 
@@ -35,8 +37,9 @@ def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator
     $$\nabla F_i = \frac{d}{d\theta} f_i(\theta, \phi_K(\theta))$$
 
     Args:
-        remat: what is computed twice to save memory. With s the size of a solver's state and r that
-            of what one step's derivative needs (for networks r ≫ s), memory grows as
+        remat: what the backward pass recomputes instead of storing. With s the size of a solver's
+            state and r that of what one step's derivative needs (for networks r ≫ s), memory grows
+            as
             "none": K r; "step": K s + r; "sqrt": 2 √K s + r; "recursive": 2 log₂(K) s + r,
             and a step is computed 1, 2, 3 and up to log₂(K) + 2 times.
         estimate_error: whether the report has an `error_estimate` where the problem gives its
@@ -85,7 +88,7 @@ def through(
     estimate_error: bool,
     for_steps: Callable[[Problem, SplitContext], Problem] = lambda problem, context: problem,
 ) -> TaskRule:
-    """The rule that differentiates the outer loss through a loop in reverse.
+    """A rule that runs a loop and differentiates the outer loss through it in reverse.
 
     Args:
         loop: makes the steps.
@@ -96,8 +99,9 @@ def through(
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         require_derivative_at_zero(inner.steps_of, begin.params, reverse=True)
-        judging = estimate_error and has_known_curvature(problem, inner)
-        tilt = jax.tree.map(jnp.zeros_like, begin.params) if judging else None
+        estimating = estimate_error and has_known_curvature(problem, inner)
+        # g + ⟨e, φ⟩ at e = 0: the cotangent of e is −v̂, see `tilted`
+        tilt = jax.tree.map(jnp.zeros_like, begin.params) if estimating else None
 
         def final_loss(start: Params, active: Context, tilt: Params | None) -> Outcome:
             context = begin.context.at(active)
@@ -111,9 +115,9 @@ def through(
         loss, pull_back, (aux, state) = jax.vjp(final_loss, *arguments, has_aux=True)
         start_bar, context_bar, tilt_bar = pull_back(jnp.ones_like(loss))
         report = report_of_loop(state)
-        if judging:
+        if estimating:
             v = jax.tree.map(jnp.negative, tilt_bar)
-            error, met = error_of_claimed(problem, state.params, v, context_bar, begin.context)
+            error, met = error_of_given(problem, state.params, v, context_bar, begin.context)
             report = report._replace(error_estimate=error, smallest_curvature=met)
         return TaskGradient(loss, aux, context_bar, start_bar, report)
 
@@ -121,10 +125,7 @@ def through(
 
 
 def has_known_curvature(problem: Problem, inner: InnerLoop) -> bool:
-    """Whether an estimator that meets no curvature can estimate its error: μ is given.
-
-    Without a step (a closed form in place of an inner loop) there is no error to estimate.
-    """
+    """Whether an estimator without a linear solve can estimate its error: μ is given, K > 0."""
     return problem.strong_convexity is not None and inner.steps > 0
 
 

@@ -1,4 +1,4 @@
-"""The inner loop and what makes its steps: any optax optimiser, or solvers that cannot diverge."""
+"""The inner loop and its solvers: any optax optimiser, or a rate from the curvature."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-r"""Gradient descent, plain and accelerated, at a rate from the curvature: it cannot diverge."""
+r"""Gradient descent, plain and accelerated, at a rate from the curvature."""
 
 from typing import Any, NamedTuple
 
@@ -12,27 +12,30 @@ from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.problem import Context, Params, Problem, Scalar, hessian_product
 
 POWER_STEPS = 8
+"""Products to measure L, once a loop; the check of each step finds out that it was too small."""
 
 
 class Curvature(NamedTuple):
-    """State of the curvature-driven solvers: how steep and how flat the inner loss is.
+    """State of both solvers: bounds on the curvature of the inner loss.
 
     Attributes:
         largest: L, a bound on the curvature or the best estimate so far.
         smallest: μ, a lower bound on it (0 when none is known).
-        made: steps made since the momentum was last dropped.
-        ahead: the extrapolated point of the accelerated form.
+        since_restart: steps since the momentum was last reset, a float because the momentum is
+            computed from it.
+        ahead: y_k, the point that the next gradient is taken at; None for `gradient_descent`.
     """
 
     largest: Scalar
     smallest: Scalar
-    made: Float[Array, ""]
+    since_restart: Float[Array, ""]
     ahead: Any
 
 
 def _measure(problem: Problem, params: Params, context: Context) -> Curvature:
-    # The rate belongs to the method, not to the function that is differentiated. The inputs are
-    # held fixed and not the results: reverse mode would store what the measurement computes.
+    # The measured rate counts as a constant: derivatives of the steps leave d(rate)/dθ out. The
+    # inputs are stopped, not the result: reverse mode would store the measurement's intermediate
+    # values.
     fixed, context = jax.lax.stop_gradient((params, context))
     if problem.smoothness is None:
         largest = largest_curvature(problem, fixed, context)
@@ -46,16 +49,8 @@ def _measure(problem: Problem, params: Params, context: Context) -> Curvature:
 def largest_curvature(problem: Problem, params: Params, context: Context) -> Scalar:
     """The largest curvature of the inner loss at φ, by a few Hessian-vector products.
 
-    Starts along the gradient, so no random key is needed. It is a lower estimate of the largest
-    absolute eigenvalue of ∂²_φφ g(φ); the solvers that use it check every step.
-
-    Args:
-        problem: its inner loss is used.
-        params: φ, where to measure.
-        context: of one task.
-
-    Returns:
-        The estimate, positive.
+    Starts along the gradient, so no random key is needed. It is a positive lower estimate of the
+    largest absolute eigenvalue of ∂²_φφ g(φ); the solvers that use it check every step.
 
     Example:
         >>> g = Problem(
@@ -68,7 +63,8 @@ def largest_curvature(problem: Problem, params: Params, context: Context) -> Sca
         5.0
     """
     gradient, product = hessian_product(problem, params, context)
-    # A flat start (zero gradient) would see no curvature at all.
+    # Start at ∇g + 10⁻³ ‖∇g‖ · 1 (ones where ∇g = 0): a gradient that is an eigenvector of a small
+    # curvature would never meet the larger ones.
     ones = jax.tree.map(jnp.ones_like, gradient)
     scale = trees.norm(gradient) * 1e-3
     start = jax.tree.map(lambda g, one: g + scale.astype(g.dtype) * one, gradient, ones)
@@ -81,25 +77,28 @@ def _descend(
 ) -> tuple[Params, Bool[Array, ""], Scalar]:
     r"""One step φ − ∇g/L, refused where the descent lemma shows L to be too small.
 
-    $$g(\phi - \nabla g / L) \le g(\phi) - \|\nabla g\|^2 / 2L$$ holds for every true bound L.
+    For every true bound L: $$g(\phi - \nabla g / L) \le g(\phi) - \|\nabla g\|^2 / 2L$$
     """
     loss, gradient = jax.value_and_grad(problem.inner_loss)(params, context)
-    length = trees.norm(gradient)
+    norm = trees.norm(gradient)
     proposal = jax.tree.map(lambda p, g: p - g / largest.astype(g.dtype), params, gradient)
     if problem.smoothness is not None:
-        return proposal, jnp.bool_(True), length
-    promised = loss - length.astype(loss.dtype) ** 2 / (2 * largest) + rounding(loss)
+        return proposal, jnp.bool_(True), norm
+    # `rounding`: near the minimum the decrease is smaller than the loss can show
+    promised = loss - norm.astype(loss.dtype) ** 2 / (2 * largest) + rounding(loss)
     accepted = problem.inner_loss(proposal, context) <= promised
-    return trees.where(accepted, proposal, params), accepted, length
+    return trees.where(accepted, proposal, params), accepted, norm
 
 
 def gradient_descent() -> InnerSolver:
-    r"""Gradient descent at the rate 1/L, which cannot diverge.
+    r"""Gradient descent at the rate 1/L.
+
+    It does not diverge, as long as `problem.smoothness`, where given, is a true bound.
 
     $$\phi_{k+1} = \phi_k - \tfrac1L \nabla_\phi g(\phi_k)$$
 
-    L is `problem.smoothness` where given, else measured by `largest_curvature` at φ₀ and doubled,
-    with the step refused, whenever a step does not decrease the loss as it should.
+    L is `problem.smoothness` where given. Else it is measured at φ₀ and doubled, with the step
+    refused, whenever a step decreases the loss by less than ‖∇g‖²/2L.
 
     Returns:
         The solver.
@@ -117,9 +116,9 @@ def gradient_descent() -> InnerSolver:
         step: Array,
         key: Array,
     ) -> tuple[Params, Curvature, Scalar]:
-        params, accepted, length = _descend(problem, params, context, state.largest)
+        params, accepted, norm = _descend(problem, params, context, state.largest)
         largest = jnp.where(accepted, state.largest, 2 * state.largest)
-        return params, state._replace(largest=largest, made=state.made + 1), length
+        return params, state._replace(largest=largest, since_restart=state.since_restart + 1), norm
 
     def init(problem: Problem, params: Params, context: Context) -> Curvature:
         return _measure(problem, params, context)._replace(ahead=None)
@@ -154,17 +153,22 @@ def accelerated() -> InnerSolver:
         step: Array,
         key: Array,
     ) -> tuple[Params, Curvature, Scalar]:
-        following, accepted, length = _descend(problem, state.ahead, context, state.largest)
+        following, accepted, norm = _descend(problem, state.ahead, context, state.largest)
+        # μ = 0 where none is known: `tiny` keeps the unused branch below finite, and its derivative
         root = jnp.sqrt(
             state.largest / jnp.maximum(state.smallest, jnp.finfo(state.smallest.dtype).tiny)
         )
         known = (root - 1) / (root + 1)
-        momentum = jnp.where(state.smallest > 0, known, state.made / (state.made + 3))
+        momentum = jnp.where(
+            state.smallest > 0, known, state.since_restart / (state.since_restart + 3)
+        )
         ahead = jax.tree.map(
             lambda new, old: new + momentum.astype(new.dtype) * (new - old), following, params
         )
-        refused = state._replace(largest=2 * state.largest, made=0 * state.made, ahead=params)
-        taken = state._replace(made=state.made + 1, ahead=ahead)
-        return *trees.where(accepted, (following, taken), (params, refused)), length
+        refused = state._replace(
+            largest=2 * state.largest, since_restart=0 * state.since_restart, ahead=params
+        )
+        taken = state._replace(since_restart=state.since_restart + 1, ahead=ahead)
+        return *trees.where(accepted, (following, taken), (params, refused)), norm
 
     return InnerSolver(_measure, update)

@@ -19,13 +19,14 @@ DEFAULT = accelerated()
 
 
 class InnerState(NamedTuple):
-    """Where an inner loop stands.
+    """The state of an inner loop.
 
     Attributes:
         params: φ.
         solver: the solver's own state.
-        gradient_norm: ‖∇_φ g‖ where the last step was made from; infinite before the first.
-        first_gradient_norm: the same where the first step was made from.
+        gradient_norm: ‖∇_φ g‖ at the φ that the last step was made from; infinite before the first
+            step.
+        first_gradient_norm: the same for the first step.
         steps: steps made so far.
     """
 
@@ -37,17 +38,14 @@ class InnerState(NamedTuple):
 
 
 def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable[..., Any]]:
-    """The problem in φ's floating-point leaves alone, and those in float32 at least.
+    """Restate a problem in the floating-point leaves of φ, in float32 or wider.
 
-    Small steps on bfloat16 parameters would be lost to rounding: the iterates, and every vector
-    like them, are kept wide, the losses still see the dtypes they were written for.
-
-    Args:
-        problem: the problem.
-        params: φ, with leaves of any dtype.
+    A step smaller than the rounding of a bfloat16 parameter would be lost, so the iterates and all
+    vectors like φ are kept in float32 at least. The losses are still called with the dtypes of
+    `params`.
 
     Returns:
-        The problem in wide parameters, φ as those, and the way back.
+        The problem in wide parameters, φ as those, and the function from wide parameters back.
     """
     floats, others = trees.split_inexact(params)
     wide = jax.tree.map(lambda x: jnp.asarray(x, trees.accumulator(jnp.result_type(x))), floats)
@@ -61,6 +59,7 @@ def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable
 
     def inner_loss(wide: Params, context: Context) -> Scalar:
         loss = problem.inner_loss(restore(wide), context)
+        # a half-precision loss is too coarse for the solvers' checks of descent
         return loss.astype(trees.accumulator(loss.dtype))
 
     def outer_loss(wide: Params, context: Context) -> tuple[Scalar, Any]:
@@ -79,7 +78,8 @@ class InnerLoop:
         steps: K, the number of steps (zero is allowed: φ₀ is the answer).
         tolerance: stop as soon as a step was made from a point with ‖∇_φ g‖ at most this; None
             makes all K steps. The steps made are in the report. Estimators that differentiate the
-            steps in reverse refuse it. Tasks sharded over devices wait for the slowest.
+            steps in reverse refuse it. The tasks of one chunk all run until the slowest of them
+            has stopped.
 
     Raises:
         ValueError: `steps` is no whole number, negative or beyond int32, or `tolerance` is not
@@ -115,7 +115,7 @@ class InnerLoop:
         context: Context,
         key: Key[Array, ""] | None = None,
     ) -> Params:
-        """Run the loop. It can be differentiated forward; for reverse see `start` and `advance`.
+        """Run the loop. Forward-mode derivatives work; for reverse mode use `start` and `advance`.
 
         Args:
             problem: whose `inner_loss` is minimised.
@@ -134,8 +134,8 @@ class InnerLoop:
         self, problem: Problem, params: Params, context: Context, key: Key[Array, ""]
     ) -> InnerState:
         """The state at the end, with arguments as for a call; memory does not grow with K."""
-        # XLA unrolls a loop whose trip count it knows to be 1: hidden, the program is the same
-        # for every K.
+        # XLA (jax 0.10.2) inlines a loop whose trip count it can see to be 1, and then schedules
+        # the rest differently. Behind the barrier program and memory are the same for every K.
         limit = jax.lax.optimization_barrier(jnp.int32(self.steps))
 
         def unfinished(state: InnerState) -> Bool[Array, ""]:
@@ -196,12 +196,12 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
-        params, solver, length = self.steps_of.update(
+        params, solver, norm = self.steps_of.update(
             problem, state.params, state.solver, context, state.steps, key
         )
-        length = jax.lax.stop_gradient(length)  # it is reported, not differentiated
-        first = jnp.where(state.steps == 0, length, state.first_gradient_norm)
-        return InnerState(params, solver, length, first, state.steps + 1)
+        norm = jax.lax.stop_gradient(norm)  # it is reported, not differentiated
+        first = jnp.where(state.steps == 0, norm, state.first_gradient_norm)
+        return InnerState(params, solver, norm, first, state.steps + 1)
 
     @property
     def steps_of(self) -> InnerSolver:

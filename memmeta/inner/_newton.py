@@ -12,6 +12,8 @@ from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
 
+# Levenberg's damping: tenfold after a refused step, a tenth after an accepted one; the first is a
+# thousandth of the curvature along the gradient.
 LARGER, SMALLER, FIRST = 10.0, 0.1, 1e-3
 
 
@@ -26,17 +28,17 @@ class NewtonState(NamedTuple):
 
 
 def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
-    r"""Newton-CG: quadratic convergence near a minimum, no divergence away from it.
+    r"""Newton-CG: quadratic convergence near a minimum; a step that does not decrease g is refused.
 
     $$\phi_{k+1} = \phi_k - (\partial^2_{\phi\phi} g + \lambda_k I)^{-1} \nabla_\phi g$$
 
-    A step that does not decrease g is refused and λ enlarged; after a step that does, λ shrinks to
-    zero. One step solves a quadratic problem.
+    A refused step enlarges λ; after accepted ones it shrinks to zero. One step solves a quadratic
+    problem.
 
     Args:
-        solver: of the linear system, see `memmeta.linear_solve`. None writes the Jacobian of the
-            gradient out and factorises it: for few inner parameters, and for `sample_space`, where
-            it is not symmetric.
+        solver: of the linear system, see `memmeta.linear_solve`. None writes out the Jacobian of
+            ∇g and factorises it: for few inner parameters, and under `sample_space`, where that
+            Jacobian is not symmetric and `cg` would be wrong.
 
     Returns:
         The solver.
@@ -64,7 +66,8 @@ def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
             loss, gradient = jax.value_and_grad(problem.inner_loss)(params, context)
             return gradient, loss
 
-        # The Hessian is symmetric: its transpose, which every rule for ∇g offers, is the product.
+        # ∂²g u as a vector-Jacobian product: the Hessian is symmetric, and a ∇g with a `custom_vjp`
+        # rule (`mixed_mode`, `hessian_free`) has no forward derivative.
         gradient, transposed, loss = jax.vjp(gradient_at, params, has_aux=True)
 
         def product(vector: Params) -> Params:
@@ -73,20 +76,24 @@ def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
 
         change = _dense(product, gradient) if solver is None else solver(product, gradient).value
         proposal = jax.tree.map(jnp.subtract, params, change)
-        length, moved = jax.lax.stop_gradient((trees.norm(gradient), trees.norm(change)))
+        # norms have no derivative at zero, and these only decide
+        norm, moved = jax.lax.stop_gradient((trees.norm(gradient), trees.norm(change)))
         reached = problem.inner_loss(proposal, context)
-        accepted = (reached <= loss + rounding(loss)) & ((moved > 0) | (length == 0))
-        steepness = trees.norm(product(gradient)) / jnp.where(length > 0, length, 1)
-        first = FIRST * jax.lax.stop_gradient(steepness).astype(loss.dtype)
+        # A solver that failed returns zero; refusing it makes λ grow, unless ∇g is zero too.
+        accepted = (reached <= loss + rounding(loss)) & ((moved > 0) | (norm == 0))
+        curvature = trees.norm(product(gradient)) / jnp.where(norm > 0, norm, 1)
+        first = FIRST * jax.lax.stop_gradient(curvature).astype(loss.dtype)
+        # λ belongs to the method: see `_measure` in `_descent.py`
         larger = jnp.maximum(LARGER * state.damping, first)
         smaller = jnp.where(state.damping > first, SMALLER * state.damping, 0)
         damping = jax.lax.stop_gradient(jnp.where(accepted, smaller, larger))
-        return trees.where(accepted, proposal, params), NewtonState(damping), length
+        return trees.where(accepted, proposal, params), NewtonState(damping), norm
 
     return InnerSolver(init, update)
 
 
 def _dense(product: Callable[[Params], Params], gradient: Params) -> Params:
+    """The Newton step by a dense solve; zero, which is refused, where the matrix is singular."""
     flat, unravel = trees.ravel(gradient)
     rows = jax.vmap(lambda e: trees.ravel(product(unravel(e)))[0])(
         jnp.eye(flat.size, dtype=flat.dtype)

@@ -1,4 +1,4 @@
-r"""What makes one inner step: a pair of pure functions, as in optax, that also see the problem.
+r"""An inner solver: a pair of pure functions, as in optax, that also see the problem.
 
 init(problem, φ₀, context) -> state
 update(problem, φ, state, context, step, key) -> (φ, state, ‖∇_φ g‖)
@@ -34,8 +34,9 @@ class InnerSolver(NamedTuple):
     Example:
         >>> import memmeta as mm
         >>> def update(problem, params, state, context, step, key):
-        ...     slope = jax.grad(problem.inner_loss)(params, context)
-        ...     return params - 0.5 / (1 + step) * slope, state, jnp.linalg.norm(slope)
+        ...     gradient = jax.grad(problem.inner_loss)(params, context)
+        ...     rate = 0.5 / (1 + step.astype(params.dtype))
+        ...     return params - rate * gradient, state, jnp.linalg.norm(gradient)
         >>> loop = mm.InnerLoop(InnerSolver(lambda problem, params, context: (), update), steps=5)
     """
 
@@ -54,13 +55,6 @@ def from_optax(optimizer: Any) -> InnerSolver:
     line search. A fixed rate diverges once the curvature exceeds 2/rate, and meta-training raises
     the curvature: prefer `accelerated` unless a published method is to be reproduced as it was run.
 
-    Args:
-        optimizer: an optax gradient transformation, for instance `optax.sgd(0.1)`, or a
-            `optax.MultiSteps`.
-
-    Returns:
-        The solver.
-
     Raises:
         ValueError: it is no optimiser, or one that needs more than one set of parameters.
 
@@ -77,7 +71,9 @@ def from_optax(optimizer: Any) -> InnerSolver:
 
         loss, gradient = jax.value_and_grad(loss_at)(params)
         known = about(loss, gradient, loss_at)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
+        # optax (0.2.8) adds Python numbers and int32 counts to float arrays; the caller may run
+        # under strict promotion
+        with jax.numpy_dtype_promotion("standard"):
             updates, state = transformation.update(gradient, state, params, **known)
             return optax.apply_updates(params, updates), state, trees.norm(gradient)
 
@@ -86,10 +82,6 @@ def from_optax(optimizer: Any) -> InnerSolver:
 
 def as_transformation(name: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
     """An optax optimiser as a transformation that takes, or passes over, extra arguments.
-
-    Args:
-        name: of the argument, for errors.
-        optimizer: a gradient transformation, or an `optax.MultiSteps`.
 
     Raises:
         ValueError: it is neither, or keeps two sets of parameters.
@@ -129,11 +121,6 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params, reverse: boo
     Gradients of a ReLU network are exactly zero wherever a unit is dead; the derivative of one step
     would be not-a-number there, and with it the hypergradient. Looked at once, when the loop is
     traced, on parameters of one number for each leaf.
-
-    Args:
-        solver: of the loop that is about to be differentiated.
-        params: φ.
-        reverse: whether in reverse mode; forward otherwise.
 
     Raises:
         ValueError: with what to write instead.
@@ -177,5 +164,5 @@ def require_derivative_at_zero(solver: InnerSolver, params: Params, reverse: boo
 
 
 def rounding(loss: Scalar) -> Scalar:
-    """How much a loss may seem to grow by rounding alone."""
+    """How much larger a loss can come out by rounding alone: ten units in the last place."""
     return 10 * float(jnp.finfo(loss.dtype).eps) * jnp.abs(loss)

@@ -34,8 +34,8 @@ def cg(
       p_{k+1} = r_{k+1} + \frac{r_{k+1}^\top r_{k+1}}{r_k^\top r_k} p_k$$
 
     Where pᵀA p ≤ 0 is met, or is rounding alone (at most ε‖A‖‖p‖²: a singular A), or the residual
-    has reached rounding, the answer stays as it is; the number of products made stays fixed, so
-    tasks sharded over devices need no collective here.
+    has reached rounding, the answer stays as it is; the number of products is fixed, so that every
+    task costs the same and the solve can be differentiated in reverse.
 
     Args:
         steps: number of steps, 0 or more; at most twice the dimension are made.
@@ -58,30 +58,30 @@ def cg(
     _checks.count("steps", steps, least=0)
 
     def method(operator: Operator, b: Vector) -> tuple[Vector, Array, Array]:
-        length = dot(b, b)
-        eps = jnp.finfo(length.dtype).eps
+        rr = dot(b, b)
+        eps = jnp.finfo(rr.dtype).eps
 
         def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
             x, r, p, rr, size, smallest, count = carry
             image = operator.product(p)
-            bend, square = dot(p, image), dot(p, p)
+            quadratic, square = dot(p, image), dot(p, p)
             size = jnp.maximum(size, dot(image, image) / jnp.where(square > 0, square, 1))
-            going = rr > eps**2
+            advancing = rr > eps**2
             smallest = jnp.where(
-                going, jnp.minimum(smallest, operator.curvature(p, bend)), smallest
+                advancing, jnp.minimum(smallest, operator.curvature(p, quadratic)), smallest
             )
             # False for NaN too: the last finite answer is kept
-            going &= bend > eps * jnp.sqrt(size) * square
-            alpha = jnp.where(going, rr / jnp.where(going, bend, 1), 0)
+            advancing &= quadratic > eps * jnp.sqrt(size) * square
+            alpha = jnp.where(advancing, rr / jnp.where(advancing, quadratic, 1), 0)
             x = axpy(alpha, p, x)
-            r = trees.where(going, axpy(-alpha, image, r), r)
-            following = jnp.where(going, dot(r, r), rr)
+            r = trees.where(advancing, axpy(-alpha, image, r), r)
+            following = jnp.where(advancing, dot(r, r), rr)
             beta = following / jnp.where(rr > 0, rr, 1)
-            p = trees.where(going, axpy(beta, p, r), p)
-            return (x, r, p, following, size, smallest, count + going.astype(jnp.int32)), None
+            p = trees.where(advancing, axpy(beta, p, r), p)
+            return (x, r, p, following, size, smallest, count + advancing.astype(jnp.int32)), None
 
         zeros = jax.tree.map(jnp.zeros_like, b)
-        start = (zeros, b, b, length, 0 * length, jnp.full_like(length, jnp.inf), jnp.int32(0))
+        start = (zeros, b, b, rr, 0 * rr, jnp.full_like(rr, jnp.inf), jnp.int32(0))
         (x, _, _, _, _, smallest, count), _ = jax.lax.scan(
             body, start, length=useful_steps(steps, b)
         )

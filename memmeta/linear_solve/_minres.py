@@ -71,7 +71,7 @@ def minres(
 
 def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
     """One Lanczos step, and the rotation that makes the residual minimal."""
-    x, r, (v, v_old), (d, d_old), (ad, ad_old), rotation, smallest, going, count = carry
+    x, r, (v, v_old), (d, d_old), (ad, ad_old), rotation, smallest, advancing, count = carry
     beta, c, s, delta1, epsilon, phi, size = rotation
     # What rounding leaves of a zero here: 1e-5 in float32, 4e-12 in float64.
     eps = 2 * jnp.finfo(beta.dtype).eps ** 0.75
@@ -83,13 +83,13 @@ def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[An
     gamma2 = jnp.sqrt(gamma1**2 + beta_new**2)
     size = jnp.maximum(size, jnp.sqrt(alpha**2 + beta**2 + beta_new**2))
     # r is known before this step, and so is its Rayleigh quotient
-    met = operator.curvature(r, -c * gamma1 * dot(r, r))
-    going &= phi > eps
-    smallest = jnp.where(going, jnp.minimum(smallest, met), smallest)
+    curvature = operator.curvature(r, -c * gamma1 * dot(r, r))
+    advancing &= phi > eps
+    smallest = jnp.where(advancing, jnp.minimum(smallest, curvature), smallest)
     slope = jnp.sqrt(gamma1**2 + (c * beta_new) ** 2)  # ‖A r‖ / ‖r‖
-    going &= (slope > eps * size) & (gamma2 > eps * size)
+    advancing &= (slope > eps * size) & (gamma2 > eps * size)
 
-    safe = jnp.where(going, gamma2, 1)
+    safe = jnp.where(advancing, gamma2, 1)
     c_new, s_new = gamma1 / safe, beta_new / safe
 
     def following(now: Vector, last: Vector, older: Vector) -> Vector:
@@ -98,7 +98,7 @@ def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[An
     d_new, ad_new = following(v, d, d_old), following(image, ad, ad_old)
     r_new = axpy(-c_new * phi, ad_new, r)
     # At the end of the Krylov space rounding alone is left: its step is refused.
-    going &= dot(r_new, r_new) <= dot(r, r)
+    advancing &= dot(r_new, r_new) <= dot(r, r)
     v_new = scaled(1 / jnp.where(beta_new > 0, beta_new, 1), w)
     moved = (
         axpy(c_new * phi, d_new, x),
@@ -108,5 +108,5 @@ def _step(operator: Operator, carry: tuple[Any, ...], _: None) -> tuple[tuple[An
         (ad_new, ad),
         (beta_new, c_new, s_new, -c * beta_new, s * beta_new, s_new * phi, size),
     )
-    moved = trees.where(going, moved, carry[:6])
-    return (*moved, smallest, going, count + going.astype(jnp.int32)), None
+    moved = trees.where(advancing, moved, carry[:6])
+    return (*moved, smallest, advancing, count + advancing.astype(jnp.int32)), None

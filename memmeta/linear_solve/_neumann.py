@@ -60,16 +60,17 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
                 seen, jnp.minimum(smallest, operator.curvature(r, dot(r, image))), smallest
             )
             proposal = axpy(-1 / largest, image, r)
-            length = dot(proposal, proposal)
-            going = length < rr  # False for NaN too, and where A r = 0
-            x = trees.where(going, axpy(1 / largest, r, x), x)
-            largest = jnp.where(going, largest, 2 * largest)
-            r, rr = trees.where(going, proposal, r), jnp.where(going, length, rr)
+            proposed_rr = dot(proposal, proposal)
+            advancing = proposed_rr < rr  # False for NaN too, and where A r = 0
+            x = trees.where(advancing, axpy(1 / largest, r, x), x)
+            largest = jnp.where(advancing, largest, 2 * largest)
+            r, rr = trees.where(advancing, proposal, r), jnp.where(advancing, proposed_rr, rr)
             return (x, r, rr, largest, smallest, count + 1), None
 
         zeros = jax.tree.map(jnp.zeros_like, b)
-        made = jnp.int32(0 if rate is not None else POWER_STEPS)
-        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), made)
+        # the power steps count as products too
+        products = jnp.int32(0 if rate is not None else POWER_STEPS)
+        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), products)
         (x, _, _, _, smallest, count), _ = jax.lax.scan(body, start, length=steps)
         return x, smallest, count
 

@@ -1,6 +1,6 @@
-r"""What a linear solver is, how it says how it ended, and what all of them have in common.
+r"""The interface of linear solvers, their answer, and what all of them have in common.
 
-`make_solver` makes a solver of a bare method: it takes care of scale, damping, preconditioning, a
+`make_solver` turns a bare method into a solver: it takes care of scale, damping, preconditioning, a
 warm start and the final residual.
 """
 
@@ -81,7 +81,7 @@ class Operator(NamedTuple):
 
 
 Method: TypeAlias = Callable[[Operator, Vector], tuple[Vector, Array, Array]]
-"""(operator, b of length 1) -> x, smallest curvature met, products made."""
+"""(operator, b of norm 1) -> x, smallest curvature met, products made."""
 
 
 def dot(a: Vector, b: Vector) -> Float[Array, ""]:
@@ -101,9 +101,9 @@ def scaled(scale: Float[Array, ""], x: Vector) -> Vector:
 
 def unit(b: Vector) -> tuple[Vector, Float[Array, ""]]:
     """b/‖b‖ and ‖b‖, so that tiny and huge right-hand sides are all the same to a solver."""
-    # A solution is homogeneous in b, so the length may be held constant when differentiated.
-    length = jax.lax.stop_gradient(trees.norm(b))
-    return jax.tree.map(lambda x: x / jnp.where(length > 0, length, 1).astype(x.dtype), b), length
+    # A solution is homogeneous in b, so the norm may be held constant when differentiated.
+    norm = jax.lax.stop_gradient(trees.norm(b))
+    return jax.tree.map(lambda x: x / jnp.where(norm > 0, norm, 1).astype(x.dtype), b), norm
 
 
 def make_solver(
@@ -111,12 +111,12 @@ def make_solver(
     damping: float = 0.0,
     diagonal: Callable[[Product, Vector], Vector] | None = None,
 ) -> LinearSolver:
-    r"""Make a solver of a bare method.
+    r"""Turn a bare method into a solver.
 
     With S = diag(A + λ I)^(-1/2), or I without preconditioning, the method solves
     $$S (A + \lambda I) S \, y = S (b - (A + \lambda I) x_0) \,/\, \|\cdot\|, \qquad
       x = x_0 + \|\cdot\| \, S y$$
-    so it always sees a right-hand side of length 1. A warm start x₀ that is further from the
+    so it always sees a right-hand side of norm 1. A warm start x₀ that is further from the
     solution than zero is dropped.
 
     Args:
@@ -150,12 +150,12 @@ def make_solver(
             return jax.tree.map(lambda a, p: a + damping * p, image(x), x) if damping else image(x)
 
         operator, scaling = _scaled_operator(image, damped, damping, diagonal, wide)
-        target, length = unit(wide)
-        guess, target = _warm(damped, start, target, length)
+        target, norm = unit(wide)
+        guess, target = _warm(damped, start, target, norm)
         target, rest = unit(scaling(target))
         step, curvature, iterations = method(operator, target)
         value = jax.tree.map(jnp.add, guess, scaled(rest, scaling(step)))
-        return _finish(image, b, scaled(length, value), curvature, iterations)
+        return _finish(image, b, scaled(norm, value), curvature, iterations)
 
     return solve
 
@@ -179,10 +179,10 @@ def _scaled_operator(
         )
         scaling = lambda x: jax.tree.map(jnp.multiply, roots, x)  # noqa: E731
 
-    def curvature(y: Vector, bend: Float[Array, ""]) -> Float[Array, ""]:
+    def curvature(y: Vector, quadratic: Float[Array, ""]) -> Float[Array, ""]:
         p = scaling(y)
         square = dot(p, p)
-        return bend / jnp.where(square > 0, square, 1) - damping
+        return quadratic / jnp.where(square > 0, square, 1) - damping
 
     return Operator(lambda y: scaling(damped(scaling(y))), curvature), scaling
 
@@ -198,13 +198,13 @@ def _floored(diagonal: Vector) -> Vector:
 
 
 def _warm(
-    damped: Product, start: Vector | None, target: Vector, length: Float[Array, ""]
+    damped: Product, start: Vector | None, target: Vector, norm: Float[Array, ""]
 ) -> tuple[Vector, Vector]:
     """The guess of a warm start in units of ‖b‖, and what it leaves to be solved."""
     zeros = jax.tree.map(jnp.zeros_like, target)
     if start is None:
         return zeros, target
-    guess = scaled(1 / jnp.where(length > 0, length, 1), _cast(start, target))
+    guess = scaled(1 / jnp.where(norm > 0, norm, 1), _cast(start, target))
     left = jax.tree.map(jnp.subtract, target, damped(guess))
     helps = trees.all_finite(guess) & (trees.norm(left) <= 1)  # False for NaN too
     return trees.where(helps, guess, zeros), trees.where(helps, left, target)
@@ -214,23 +214,24 @@ def _finish(
     image: Product, b: Vector, value: Vector, curvature: Array, iterations: Array
 ) -> LinearSolution:
     value = jax.tree.map(lambda x, like: x.astype(like.dtype), value, b)
-    # A solution too large for its dtype, or a system of NaN, must not poison what comes after.
+    # A solution too large for its dtype, or a system of NaN, would make what comes after NaN.
     representable = trees.all_finite(value) | ~trees.all_finite(b)
     value = jax.tree.map(lambda x: jnp.where(representable, x, 0), value)
-    target, length = unit(jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), b))
-    reached = scaled(1 / jnp.where(length > 0, length, 1), _late(image, value))
+    target, norm = unit(jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), b))
+    reached = scaled(1 / jnp.where(norm > 0, norm, 1), _late(image, value))
     residual = trees.norm(jax.tree.map(jnp.subtract, target, reached))
     residual = jnp.where(jnp.isnan(residual) | ~representable, jnp.inf, residual)
     curvature = jnp.where(jnp.isnan(curvature), jnp.inf, curvature)
-    residual, curvature = jax.lax.stop_gradient((jnp.where(length == 0, 0, residual), curvature))
+    # figures for the report: norms have no derivative at zero
+    residual, curvature = jax.lax.stop_gradient((jnp.where(norm == 0, 0, residual), curvature))
     return LinearSolution(value, residual, curvature.astype(residual.dtype), iterations)
 
 
 def _late(product: Product, x: Vector) -> Vector:
     """A x in a loop of one turn, of which XLA cannot see that it is one.
 
-    Outside of a loop it would start whatever of the product does not depend on x before the
-    method's own loop, and keep it in memory all through that.
+    Outside of a loop XLA (jax 0.10.2) would start whatever of the product does not depend on x
+    before the method's own loop, and keep it in memory all through that.
     """
     turns = jax.lax.optimization_barrier(jnp.int32(1))
     zeros = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(product, x))
@@ -242,7 +243,7 @@ def _late(product: Product, x: Vector) -> Vector:
 
 
 def useful_steps(steps: int, b: Vector) -> int:
-    """No more Krylov steps than twice the dimension, which exact arithmetic would not need either.
+    """No more Krylov steps than twice the dimension; exact arithmetic needs no more than once.
 
     Example:
         >>> useful_steps(20, jnp.ones(2))

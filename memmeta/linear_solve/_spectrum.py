@@ -53,9 +53,9 @@ def extreme_eigenvalues(
         rest = orthogonal(image, basis)
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
         beta = jnp.linalg.norm(rest)
-        going = beta > 100 * rounding * scale
-        q = jnp.where(going, rest / jnp.where(going, beta, 1), 0)
-        return (q, basis, scale), (alpha, jnp.where(going, beta, 0), jnp.any(basis[index] != 0))
+        advancing = beta > 100 * rounding * scale
+        q = jnp.where(advancing, rest / jnp.where(advancing, beta, 1), 0)
+        return (q, basis, scale), (alpha, jnp.where(advancing, beta, 0), jnp.any(basis[index] != 0))
 
     basis = jnp.zeros((steps, flat.size), flat.dtype)
     first = flat / jnp.linalg.norm(flat)
@@ -73,14 +73,6 @@ def power_iteration(product: Product, start: Vector, steps: int = 8) -> Float[Ar
 
     $$q_{k+1} = A q_k / \|A q_k\|, \qquad \max_k \|A q_k\| \le \max_j |\lambda_j(A)|$$
 
-    Args:
-        product: x -> A x on pytrees.
-        start: the first direction, not zero.
-        steps: products made.
-
-    Returns:
-        The estimate, positive.
-
     Example:
         >>> float(power_iteration(lambda x: jnp.array([1.0, 5.0]) * x, jnp.ones(2)).round(3))
         5.0
@@ -90,5 +82,5 @@ def power_iteration(product: Product, start: Vector, steps: int = 8) -> Float[Ar
         image = product(unit(vector)[0])
         return image, trees.norm(image)
 
-    _, lengths = jax.lax.scan(body, start, length=steps)
-    return jnp.maximum(jnp.max(lengths), jnp.finfo(lengths.dtype).tiny)
+    _, norms = jax.lax.scan(body, start, length=steps)
+    return jnp.maximum(jnp.max(norms), jnp.finfo(norms.dtype).tiny)

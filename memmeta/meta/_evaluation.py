@@ -1,4 +1,4 @@
-"""Judging meta-parameters: adapt to each task from θ, then look at its query examples."""
+"""Evaluating meta-parameters: adapt to each task from θ, then the loss of its query examples."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ def evaluate(
     task_chunk: int | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Evaluation:
-    """Adapt to each task and judge it. Pure: put it under `jax.jit`.
+    """Adapt to each task and evaluate the outer loss. Pure: put it under `jax.jit`.
 
     Args:
         problem: the bilevel problem.

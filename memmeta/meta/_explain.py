@@ -66,7 +66,7 @@ def explain(metrics: Metrics) -> str:
     found += [f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts[name]]
     if counts["refused"]:
         found.append(
-            f"{counts['refused']} update(s) refused: the meta-gradient is far longer than usual, "
+            f"{counts['refused']} update(s) refused: the meta-gradient is far larger than usual, "
             "or what was to be stored is not finite (a smaller outer rate, or another dtype)"
         )
     if not used:

@@ -15,12 +15,6 @@ from memmeta.problem import Batch, MetaParams, Problem
 def first_look(problem: Problem, inner: InnerLoop, meta_params: MetaParams, tasks: Batch) -> None:
     """Trace each of a problem's functions once on shapes, and say what does not fit.
 
-    Args:
-        problem: whose functions are looked at.
-        inner: the inner loop.
-        meta_params: θ.
-        tasks: one batch of tasks.
-
     Raises:
         ValueError: naming the function or argument, what it gave and what was expected.
     """

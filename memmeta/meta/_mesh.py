@@ -31,7 +31,7 @@ def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def mesh_of_tasks(mesh: Mesh | None) -> Mesh | None:
-    """A mesh fit for `spread`: with an axis of tasks, all axes left to the compiler.
+    """A mesh with an axis of tasks, all of whose axes have the type Auto, as `spread` needs.
 
     Raises:
         ValueError: it is no mesh, or has no axis called "tasks".
@@ -73,8 +73,8 @@ def spread(
 
     def spread_out(*arguments: Any) -> Any:
         whole = len(arguments) - split
-        # Not `check_vma`: a loop of the user's that starts from a fresh zero would be refused, and
-        # a derivative with respect to parameters would be summed over devices for every chunk.
+        # Not `check_vma` (jax 0.10.2): a loop of the user's that starts from a fresh zero would be
+        # refused, and a derivative by the parameters would be summed over devices for every chunk.
         return jax.shard_map(
             function,
             mesh=mesh,
@@ -88,7 +88,7 @@ def spread(
 
 
 def draw(mesh: Mesh | None, sample: Callable[..., Any], count: int) -> Callable[..., PyTree]:
-    """Draw a batch where it will be used, the same whatever the number of devices.
+    """Draw each task on the device that will use it, the same whatever the number of devices.
 
     Args:
         mesh: from `mesh_of_tasks`.
@@ -112,7 +112,7 @@ def place(mesh: Mesh | None, tree: PyTree, spec: P = P()) -> PyTree:
     Args:
         mesh: None leaves the tree as it is.
         tree: arrays; with several processes the same in each.
-        spec: how to shard the others; default a copy on every device.
+        spec: how to shard those that are not yet; default a copy on every device.
     """
     if mesh is None:
         return tree

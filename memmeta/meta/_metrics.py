@@ -1,4 +1,4 @@
-"""What a meta-step reports, and the guard that reads it before an update is kept."""
+"""What a meta-step reports, and the guard that decides from it whether an update is kept."""
 
 from typing import Any, NamedTuple
 
@@ -27,16 +27,16 @@ class Counts(NamedTuple):
         inputs: of these, tasks whose own data are not finite.
         inner_loop: of these, tasks whose inner loop left the finite numbers.
         outer_loss: of these, tasks whose outer loss is not finite (as it is where a task has no
-            example to adapt on or to be judged on, or a label that no output stands for).
+            example to adapt on or to evaluate on, or a label that no output stands for).
         hypergradient: of these, tasks of which only the hypergradient is not finite.
-        diverging: inner loops of a step or more whose slope ‖∇_φ g‖ grew by `GREW` or more.
+        diverging: inner loops of a step or more whose ‖∇_φ g‖ grew by the factor `GREW` or more.
         unconverged: tasks of an implicit rule whose inner loop left more than `LEFT` of its first
-            slope: the rule holds at a stationary point of the inner loss only.
+            ‖∇_φ g‖: the rule holds at a stationary point of the inner loss only.
         unsolved: tasks of an implicit rule whose linear solve left more than `LEFT` of its system.
         indefinite: tasks whose inner Hessian has a direction without positive curvature, so that φ̂
             is no strict minimum and the implicit function theorem does not hold.
-        refused: updates that the guard refused: the meta-gradient was far longer than this run's
-            gradients are, or what was to be stored was not finite.
+        refused: updates that the guard refused, because the meta-gradient was far larger than this
+            run's usual ones or the next state was not finite.
     """
 
     masked: Int32[Array, ""]
@@ -81,7 +81,7 @@ class Metrics(NamedTuple):
         gradient_norm: ‖(1/n) Σ_i ∇F_i‖.
         used: tasks that took part.
         counts: see `Counts`.
-        tasks: the same figures task by task (None once they have been averaged away).
+        tasks: the same figures task by task (None in means over several meta-steps).
     """
 
     loss: Scalar
@@ -117,23 +117,13 @@ class Sums(NamedTuple):
 
 
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
-    """Add up what one device found.
+    """Add up the figures of one device's tasks."""
 
-    Args:
-        gradient: Σ_i ∇F_i over the device's tasks.
-        tasks: the device's tasks.
-        device: which one this is.
-        devices: how many there are.
-
-    Returns:
-        The sums.
-    """
-
-    def shown(leaf: Array, blank: float) -> Array:
+    def usable_or(leaf: Array, blank: float) -> Array:
         return jnp.where(tasks.usable.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, blank)
 
     def total(leaf: Array) -> Array:
-        return jnp.sum(shown(leaf, 0).astype(_wide(leaf)), axis=0)
+        return jnp.sum(usable_or(leaf, 0).astype(_wide(leaf)), axis=0)
 
     def number(condition: Array) -> Array:
         # in the dtype of the losses: arrays of one dtype travel as one message
@@ -142,7 +132,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
     curvature, smallest = tasks.report.smallest_curvature, None
     if curvature is not None:
         own = jnp.arange(devices, dtype=device.dtype) == device
-        smallest = jnp.where(own, jnp.min(shown(curvature, jnp.inf)), 0)
+        smallest = jnp.where(own, jnp.min(usable_or(curvature, jnp.inf)), 0)
     return Sums(
         gradient=gradient,
         used=number(tasks.usable),
@@ -166,7 +156,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     implicit = usable if report.linear_residual is not None else jnp.zeros_like(usable)
     residual = 0 if report.linear_residual is None else report.linear_residual
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
-    return [
+    return [  # `~(… < …)`: NaN counts as trouble
         ~usable,
         *causes,
         found,
@@ -178,16 +168,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
 
 
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
-    """The metrics of a meta-step from the sums over all devices.
-
-    Args:
-        summed: added up over the devices.
-        gradient: the mean hypergradient.
-        tasks: the figures task by task.
-
-    Returns:
-        The metrics; `counts.refused` is still zero.
-    """
+    """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
     loss, aux, report = jax.tree.map(
         lambda leaf: leaf / summed.used.astype(leaf.dtype),  # 0/0 where no task is usable
         (summed.loss, summed.aux, summed.report),
@@ -222,13 +203,13 @@ class Guard(NamedTuple):
     Make one by `guard`. `make_meta_step(..., guard=None)` follows every update whatever it is.
 
     Attributes:
-        factor: a meta-gradient this many times longer than usual is not followed.
+        factor: a meta-gradient whose norm is more than this many times the running mean is refused.
     """
 
     factor: float
 
     def init(self, like: Float[Array, ""]) -> Float[Array, ""]:
-        """The state before the first step: no gradient has been seen, and none is usual."""
+        """The state before the first step: zero, no gradient has been seen."""
         return jnp.zeros_like(like)
 
     def accepts(
@@ -242,19 +223,20 @@ class Guard(NamedTuple):
             proposed: the next θ and optimiser's state.
 
         Returns:
-            Whether to keep them, and the next state. Refused gradients of finite length count in
-            the mean too: should they stay long, they are the usual ones after a few steps.
+            Whether to keep them, and the next state. Refused gradients of finite norm enter the
+            mean too: should they stay large, they are accepted after some steps.
         """
         known = usual > 0
         near = gradient_norm <= jnp.where(known, self.factor * usual, jnp.inf)
-        drawn = usual * (gradient_norm / jnp.where(known, usual, 1)) ** 0.1
-        followed = jnp.where(known, drawn, gradient_norm)
-        counts = (gradient_norm > 0) & jnp.isfinite(followed)
-        return near & trees.all_finite(proposed), jnp.where(counts, followed, usual)
+        # geometric mean with weight 1/10 on the newest; a ratio first, so that no product overflows
+        moved = usual * (gradient_norm / jnp.where(known, usual, 1)) ** 0.1
+        following = jnp.where(known, moved, gradient_norm)
+        enters = (gradient_norm > 0) & jnp.isfinite(following)
+        return near & trees.all_finite(proposed), jnp.where(enters, following, usual)
 
 
 def guard(factor: float = 1000.0) -> Guard:
-    """A guard against updates that are not finite, or follow a gradient of unusual length.
+    """A guard against updates that are not finite, or follow an unusually large gradient.
 
     Args:
         factor: more than this many times the running mean of ‖∇F‖ is unusual.

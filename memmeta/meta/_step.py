@@ -20,7 +20,7 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
-from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, spread
+from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
 from memmeta.meta._metrics import DEFAULT_GUARD, Guard, Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
 
@@ -31,7 +31,7 @@ TaskChunk: TypeAlias = int | Literal["auto"] | None
 """Tasks worked on at once on each device; None: all; "auto": what the platform is fastest at."""
 
 NUMBERS_AT_ONCE = 32_768
-"""On a CPU "auto" takes as many tasks as hold so many numbers, and one that holds more by itself.
+"""On a CPU "auto" takes the largest chunk of tasks with at most so many numbers, at least one task.
 
 `benchmarks.cost.chunks`: a convolutional network's tasks (60,000 numbers) are fastest one at a
 time, in the cache; a small dense one's (50 numbers) up to three times faster all at once. A GPU or
@@ -60,20 +60,9 @@ class MetaState(NamedTuple):
 
 @dataclass(frozen=True)
 class MetaStep:
-    """One outer iteration, made by `make_meta_step`; call it, or trace `update` in a program.
+    """One outer iteration: call it, or trace `update` in a program of your own.
 
-    Attributes:
-        problem: the bilevel problem.
-        inner: the inner loop.
-        estimator: of the hypergradient.
-        optimizer: the outer optimiser.
-        task_chunk: tasks worked on at once on each device, see `TaskChunk`.
-        mesh: the devices tasks are spread over, along its axis "tasks"; None means one device.
-        guard: what refuses updates; None follows all of them.
-        strict: whether a call raises where `memmeta.meta.explain` has trouble to tell.
-
-    Raises:
-        ValueError: one of them is not what it should be.
+    Its attributes are the arguments of `make_meta_step`.
     """
 
     problem: Problem
@@ -186,13 +175,14 @@ class MetaStep:
     def update_remembering(
         self, state: MetaState, tasks: Batch, memory: Memory | None
     ) -> tuple[MetaState, Metrics, Memory | None]:
-        """`update` of tasks of which the estimator remembers something, see `WarmStart`."""
+        """`update` with what the estimator returned for these tasks last time."""
         gradient, metrics, memory = self.gradient_remembering(state, tasks, memory)
         floats, others = trees.split_inexact(state.meta_params)
         known = about(metrics.loss, gradient, self._objective(state, tasks))
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, users may be strict
+        with jax.numpy_dtype_promotion("standard"):  # as in `from_optax`
             updates, optimizer = self.optimizer.update(gradient, state.optimizer, floats, **known)
             proposed = (optax.apply_updates(floats, updates), optimizer)
+        # without a usable task there is no gradient to follow
         keep, guard = metrics.used > 0, state.guard
         if self.guard is not None and guard is not None:
             accepted, guard = self.guard.accepts(guard, metrics.gradient_norm, proposed)
@@ -240,7 +230,7 @@ class MetaStep:
     def gradient_remembering(
         self, state: MetaState, tasks: Batch, memory: Memory | None
     ) -> tuple[MetaParams, Metrics, Memory | None]:
-        """`gradient` of tasks of which the estimator remembers something, see `WarmStart`."""
+        """`gradient` with what the estimator returned for these tasks last time."""
         sums_of: Callable[..., Any] = partial(self._sums, self.chunk(tasks))
         draw = jax.random.fold_in(jax.random.fold_in(state.key, DRAWS), state.step)
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
@@ -279,7 +269,8 @@ class MetaStep:
             weights = finite.astype(jnp.float32)
             part = Chunk(some, weights, chosen, draw, step, remembered)
             found = self.estimator(self.problem, self.inner, meta_params, part)
-            # A product of finite cotangents can still overflow when it is pulled back.
+            # A product of finite cotangents can still overflow in the pull-back, where tasks cannot
+            # be told apart: the whole chunk is left out.
             sound = trees.all_finite(found.gradient)
             total = jax.tree.map(
                 lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
@@ -295,10 +286,11 @@ class MetaStep:
         per_task, memory = jax.tree.map(
             lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
         )
-        shards = 1 if self.mesh is None else self.mesh.shape[TASKS]
-        summed = sums(total, per_task, numbers[0] // count, shards)
-        if shards > 1:
-            # Without the barrier XLA sends a sum that is known early in a message of its own.
+        devices = shards(self.mesh)
+        summed = sums(total, per_task, numbers[0] // count, devices)
+        if devices > 1:
+            # XLA (jax 0.10.2) would send a sum that is known early in an all-reduce of its own;
+            # behind the barrier all travel in one.
             summed = jax.lax.psum(jax.lax.optimization_barrier(summed), TASKS)
         return summed, per_task, memory
 
@@ -315,15 +307,15 @@ class MetaStep:
             ValueError: the tasks cannot be shared out evenly over devices or chunks.
         """
         count = trees.leading_size(tasks, "tasks")
-        shards = 1 if self.mesh is None else self.mesh.shape[TASKS]
+        devices = shards(self.mesh)
         if count == 0:
             raise ValueError("tasks: expected at least one task, found 0.")
-        if count % shards:
+        if count % devices:
             raise ValueError(
-                f"tasks: expected a multiple of the {shards} devices they are spread over, found "
+                f"tasks: expected a multiple of the {devices} devices they are spread over, found "
                 f"{count}."
             )
-        local = count // shards
+        local = count // devices
         divisors = [size for size in range(1, local + 1) if local % size == 0]
         if self.task_chunk == "auto" and jax.default_backend() == "cpu":
             each = sum(leaf.size for leaf in jax.tree.leaves(tasks)) / count
@@ -340,7 +332,7 @@ class MetaStep:
 
 
 def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
-    """Blank the inputs of non-finite tasks: 0 · NaN in a pull-back would poison the other tasks."""
+    """Zero inputs that are not finite: 0 · NaN in a pull-back would make the whole gradient NaN."""
 
     def blank(leaf: Array) -> Array:
         if not trees.is_inexact(leaf):
@@ -379,7 +371,7 @@ def make_meta_step(
             meta-step. Parameters are on every device; those of a model that does not fit may be
             sharded over a further axis of the mesh, given so to `init`, and the compiler then adds
             what communication the model needs. None means one device.
-        guard: refuses updates that are not finite, or that follow a gradient of unusual length; see
+        guard: refuses updates that are not finite, or that follow an unusually large gradient; see
             `memmeta.meta.guard`. None follows all updates.
         strict: raise a FloatingPointError with the sentence of `memmeta.meta.explain` whenever a
             task is left out, a loop or a solve is too short, or an update is refused. For finding

@@ -1,7 +1,7 @@
 """Warm starts for a finite set of tasks: φ_i and v_i kept from one meta-step to the next.
 
 With them the deterministic algorithm converges to the exact solution at a fixed number of inner and
-linear steps; from a cold start it stops at a distance that these numbers decide.
+linear steps; from a cold start a bias remains, which depends on those numbers.
 """
 
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ class WarmState(NamedTuple):
 
 @dataclass(frozen=True)
 class WarmStart:
-    r"""A meta-step over a finite set of tasks that starts each from where it was last left.
+    r"""A meta-step over a finite set of tasks that starts each from its last φ_i and v_i.
 
     $$\phi_i^{t+1} = \text{inner}(\phi_i^t), \qquad v_i^{t+1} = \text{solver}(v_i^t)$$
 
     Costs 2 · size · dim φ numbers (`memory_bytes`), spread over the devices of the meta-step's mesh
-    or in the host's memory. Around a meta-step and no option of it, because its state is larger and
-    its call takes the tasks' numbers. The meta-step inside stays as it is and serves fresh tasks,
-    for evaluation or an infinite set, from a cold start: `step.step(state.meta, tasks)`.
+    or in the host's memory. Wraps a meta-step and is no option of it, because its state is larger
+    and its call takes the tasks' numbers. The meta-step inside serves fresh tasks, for evaluation
+    or an infinite set, from a cold start: `step.step(state.meta, tasks)`.
 
     Attributes:
         step: made by `make_meta_step`, with an estimator that remembers, such as `implicit`.
@@ -138,7 +138,7 @@ class WarmStart:
         memory = jax.tree.map(lambda leaf: leaf[rows], state.memory)
         tasks, memory = place(self.step.mesh, (tasks, memory), P(TASKS))
         meta, metrics, found = self._compiled_on_host(state.meta, tasks, memory)
-        assert metrics.tasks is not None
+        assert metrics.tasks is not None  # for the type checker: None in means over meta-steps
         usable = np.asarray(metrics.tasks.usable)
 
         def write(leaf: np.ndarray, new: Array) -> None:
@@ -166,7 +166,7 @@ class WarmStart:
         usable = metrics.tasks.usable
 
         def written(leaf: Array, old: Array, new: Array) -> Array:
-            # A task that went wrong starts next time from where it last went well.
+            # A task that was not finite keeps the memory that it had.
             kept = jnp.where(usable.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
             return leaf.at[numbers].set(kept, unique_indices=True)
 

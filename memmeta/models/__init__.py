@@ -1,4 +1,4 @@
-"""Networks: the `Network` seam, and the few-shot papers' own."""
+"""Networks: the interface `Network`, and the networks of the few-shot papers."""
 
 from memmeta.models._build import linear_head, with_linear_head
 from memmeta.models._conv4 import conv4

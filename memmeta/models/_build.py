@@ -1,4 +1,4 @@
-"""How every network here is put together: a flax body, a linear head, and how the head starts."""
+"""A network from a flax body and a linear head."""
 
 from typing import cast
 

@@ -37,9 +37,9 @@ class ConvBlock(nn.Module):
     Computed in a cheaper order that gives the same numbers: ReLU commutes with the maximum, and so
     does a * y + b with a >= 0, so that what follows the convolution touches a quarter of the
     positions. The sign of a negative scale goes into the kernel: (-scale) * (-y). Where images have
-    few channels, the batch statistics are found from them alone, and the rest is made of a few
-    images at a time, and made again for the backward pass: what the convolution makes of all images
-    is the largest array of the network, and is never stored.
+    few channels, the batch statistics are computed from them alone, and the rest on a few images at
+    a time and again in the backward pass: the convolution of all images, the largest array of the
+    network, is never stored.
     """
 
     filters: int

@@ -1,15 +1,15 @@
-"""A stride-1 SAME convolution that is fast where it runs, differentiable without end.
+"""A stride-1 SAME convolution that is fast on a CPU too, differentiable any number of times.
 
 A convolution is linear in the images and in the kernel, and so is the kernel's gradient in the
-images and the cotangents. Each one's derivatives are made of the two again:
+images and the cotangents. The derivatives of each are the two again:
 
     y = conv(x, K):     dx = conv(dy, K'),   dK = kernel_gradient(x, dy)
     G = kernel_gradient(x, g):   dx = conv(g, dG'),   dg = conv(x, dG)
 
-with K' the kernel turned by half a turn, channels and filters exchanged. They are therefore two JAX
-primitives with these rules (forward and reverse mode, of any order), and what is left free is the
-form in which each platform computes them: `convolution_forms`. Nothing but x and K is stored for
-the backward pass.
+with K' the kernel rotated by half a turn, channels and filters exchanged. They are therefore two
+JAX primitives with these rules (forward and reverse mode, of any order), which each platform
+computes in a form of its own, see `_convolution_forms`. Nothing but x and K is stored for the
+backward pass.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from memmeta.models import _convolution_forms as forms
 
-# Both work on arrays with a leading axis of tasks, as described in `convolution_forms`.
+# Both work on arrays with a leading axis of tasks, as described in `_convolution_forms`.
 convolution_p = Primitive("memmeta_convolution")
 kernel_gradient_p = Primitive("memmeta_kernel_gradient")
 
@@ -89,7 +89,7 @@ def _varying_axes(array: Array) -> frozenset[Any]:
     return axes
 
 
-def _turned(
+def _rotated(
     kernels: forms.Kernels,
 ) -> Float[Array, "tasks rows columns filters channels"]:
     return kernels[:, ::-1, ::-1].swapaxes(3, 4)
@@ -117,12 +117,12 @@ kernel_gradient_p.def_impl(jax.jit(kernel_gradient_p.bind, static_argnames="wind
 # Derivatives: the two equations at the top of this file.
 ad.defbilinear(
     convolution_p,
-    lambda dy, x, k: convolution_p.bind(dy, _turned(k)),
+    lambda dy, x, k: convolution_p.bind(dy, _rotated(k)),
     lambda dy, x, k: kernel_gradient_p.bind(x, dy, window=_window(k)),
 )
 ad.defbilinear(
     kernel_gradient_p,
-    lambda dk, x, g, window: convolution_p.bind(g, _turned(dk)),
+    lambda dk, x, g, window: convolution_p.bind(g, _rotated(dk)),
     lambda dk, x, g, window: convolution_p.bind(x, dk),
 )
 

@@ -1,4 +1,4 @@
-"""Two forms of the two sums of a stride-1 SAME convolution, chosen by platform in `convolution`.
+"""Two forms of the two sums of a stride-1 SAME convolution, chosen by platform in `_convolution`.
 
     y[n, h, w, f] = sum_{r, s, c} x[n, h + r - R // 2, w + s - S // 2, c] K[r, s, c, f]
     G[r, s, c, f] = sum_{n, h, w} x[n, h + r - R // 2, w + s - S // 2, c] g[n, h, w, f]
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta.models._dtypes import at_least_float32
+from memmeta._trees import accumulator
 
 Images = Float[Array, "tasks examples height width channels"]
 Cotangents = Float[Array, "tasks examples height width filters"]
@@ -169,7 +169,7 @@ def _kernel_gradient_as_convolution(
         (1, 1),
         ((rows // 2, rows // 2), (columns // 2, columns // 2)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=at_least_float32(images.dtype),
+        preferred_element_type=accumulator(images.dtype),
     )
     kernel: Array = lax.optimization_barrier(gradient).transpose(1, 2, 0, 3)
     return kernel

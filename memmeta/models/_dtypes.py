@@ -1,4 +1,4 @@
-"""What is computed in which floating dtype."""
+"""The dtype of a network's inputs."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -10,8 +10,3 @@ def as_float(inputs: Shaped[Array, "..."], dtype: DTypeLike) -> Float[Array, "..
     if inputs.dtype == jnp.uint8:
         return inputs.astype(dtype) / jnp.asarray(255, dtype)
     return inputs.astype(dtype)
-
-
-def at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    """The dtype sums are taken in: float32 for half precision, else `dtype` itself."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype

@@ -1,4 +1,4 @@
-"""Images worked on a few at a time, so that what is made of them stays in a CPU's cache."""
+"""A function of images on a few at a time, so that what it computes stays in a CPU's cache."""
 
 from collections.abc import Callable
 
@@ -10,16 +10,11 @@ from jaxtyping import Array, Float
 Images = Float[Array, "examples height width channels"]
 
 POSITIONS = 3072
-"""Of a chunk: at 64 filters 786 KB of what a convolution makes of it."""
+"""Examples × height × width of a chunk: at 64 filters the output of a convolution has 786 KB."""
 
 
 def images_at_a_time(examples: int, height_times_width: int, positions: int) -> int:
     """How many images have about `positions` positions: two or more, best without a remainder.
-
-    Args:
-        examples: how many there are.
-        height_times_width: positions of one.
-        positions: of a chunk.
 
     Example:
         >>> images_at_a_time(75, 28 * 28, 3072), images_at_a_time(5, 28 * 28, 3072)
@@ -33,7 +28,7 @@ def images_at_a_time(examples: int, height_times_width: int, positions: int) -> 
 
 
 def map_chunks(function: Callable[[Images], Array], images: Images) -> Float[Array, "examples ..."]:
-    """The results of a few images at a time, joined; each is made again for the backward pass.
+    """The results of a few images at a time, joined; the backward pass computes each again.
 
     Args:
         function: of some of the images; one result an image.
@@ -47,12 +42,12 @@ def map_chunks(function: Callable[[Images], Array], images: Images) -> Float[Arr
         [1600.0, 1600.0, 1600.0, 1600.0, 1600.0, 1600.0, 1600.0]
     """
     count, height, width, _ = images.shape
-    remade = jax.checkpoint(function, prevent_cse=False)
+    recomputed = jax.checkpoint(function, prevent_cse=False)
     size = images_at_a_time(count, height * width, POSITIONS)
     if size >= count or jax.default_backend() != "cpu":
-        whole_batch: Array = remade(images)
+        whole_batch: Array = recomputed(images)
         return whole_batch
     whole = count // size * size
-    found = lax.map(remade, images[:whole].reshape(-1, size, *images.shape[1:]))
+    found = lax.map(recomputed, images[:whole].reshape(-1, size, *images.shape[1:]))
     found = found.reshape(whole, *found.shape[2:])
-    return found if whole == count else jnp.concatenate([found, remade(images[whole:])])
+    return found if whole == count else jnp.concatenate([found, recomputed(images[whole:])])

@@ -1,4 +1,4 @@
-"""The seam between a network and the algorithms: a body, a head, and nothing but functions."""
+"""The interface between a network and the algorithms: a body and a head, as pure functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,7 @@ class Network:
 
     logits = head(params["head"], body(params["body"], images, weights))
 
-    The algorithms ask for nothing more, so a network of any library (flax nnx, equinox, plain
-    functions) joins by filling in the fields.
+    A network of any library (flax nnx, equinox, plain functions) is used by filling in the fields.
 
     Attributes:
         init: PRNG key -> {"body": ..., "head": ...}, two pytrees of float arrays.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta.models._dtypes import at_least_float32
+from memmeta._trees import accumulator
 
 EPSILON = 1e-5
 
@@ -33,7 +33,7 @@ def batch_statistics(
         ([30001.0], [1.0])
     """
     positions = tuple(range(1, inputs.ndim - 1))
-    wide = inputs.astype(at_least_float32(inputs.dtype))
+    wide = inputs.astype(accumulator(inputs.dtype))
     total = weights.sum()
     share = (weights / jnp.where(total > 0, total, 1)).astype(wide.dtype)
     mean = share @ wide.mean(positions)

@@ -1,14 +1,14 @@
-"""Mean and variance of what a convolution makes, from its input alone.
+"""Mean and variance of a convolution's output, from its input alone.
 
 A convolution is linear in the patches it looks at, y = kᵀx, so its statistics are those of the
-patches: where a patch has fewer entries than there are filters, they are cheaper to look at.
+patches: where a patch has fewer entries than there are filters, those are cheaper to compute.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta.models._dtypes import at_least_float32
+from memmeta._trees import accumulator
 from memmeta.models._image_chunks import map_chunks
 
 
@@ -17,7 +17,7 @@ def convolution_statistics(
     kernel: Float[Array, "rows columns channels filters"],
     weights: Float[Array, " examples"],
 ) -> tuple[Float[Array, " filters"], Float[Array, " filters"]]:
-    r"""`batch_statistics` of conv(images, kernel), without making it.
+    r"""`batch_statistics` of conv(images, kernel), without computing it.
 
     $$\text{mean}_f = k_f^\top m, \quad \text{variance}_f = k_f^\top C k_f, \qquad
       m = \sum_n p_n \overline{x_n}, \;
@@ -41,11 +41,11 @@ def convolution_statistics(
         >>> mean.tolist(), variance.tolist()
         ([7.5, 7.5], [21.25, 21.25])
     """
-    wide = images.astype(at_least_float32(images.dtype))
+    wide = images.astype(accumulator(images.dtype))
     total = weights.sum()
     share = (weights / jnp.where(total > 0, total, 1)).astype(wide.dtype)
-    # Around the mean pixel, so that little is taken off the second moments. Whatever the centre,
-    # the result is the same: its derivative is zero.
+    # Around the mean pixel: a variance as the difference of large second moments is inexact.
+    # The result does not depend on the centre: its derivative is zero.
     centre = lax.stop_gradient(share @ wide.mean((1, 2)))
     rows, columns = kernel.shape[:2]
     moments = map_chunks(lambda x: _moments(x - centre, -centre, (rows, columns)), wide)
@@ -62,11 +62,11 @@ def _moments(
     outside: Float[Array, " channels"],
     window: tuple[int, int],
 ) -> Float[Array, "examples taps_1 taps_1"]:
-    """The mean of x xᵀ over each image's patches x, to whose entries a 1 is added."""
+    """The mean of x xᵀ over each image's patches x, with a 1 appended to each."""
     _, height, width, _ = images.shape
     rows, columns = window
     around = ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
-    # outside is what an image is continued by
+    # `outside`, the zero padding less the centre, surrounds each image
     planes = (jnp.pad(images - outside, around) + outside).transpose(0, 3, 1, 2)
     shifts = [
         planes[:, :, row : row + height, column : column + width]

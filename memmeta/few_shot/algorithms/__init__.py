@@ -1,4 +1,4 @@
-"""The literature's methods, each a few lines: who adapts × inner loop × estimator."""
+"""The literature's methods, each a few lines: which parameters adapt, how, and which estimator."""
 
 from collections.abc import Callable
 

@@ -119,7 +119,7 @@ def r2d2(
 def protonet(
     network: Network, *, statistics: Statistics = "transductive", loss: Loss | None = None
 ) -> Learner:
-    r"""Prototypical networks: a query image belongs to the nearest class mean. The reference.
+    r"""Prototypical networks: a query image belongs to the nearest class mean.
 
     $$\text{logits}_{jk} = -\|x'_j - m_k\|^2, \qquad
       m_k = \text{mean of the support features of class } k$$

@@ -3,7 +3,7 @@ r"""Methods that differentiate the inner solution: memory does not grow with the
 from memmeta import hypergradient, linear_solve
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import Statistics, head_problem, network_problem
-from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
+from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, gradient_descent
 from memmeta.models import Network
 from memmeta.problem import Params
@@ -101,7 +101,7 @@ def imaml(
     """
     problem = network_problem(network, "all", proximal=proximal, statistics=statistics, loss=loss)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
-    return Learner(problem, inner, estimator, whole(network))
+    return Learner(problem, inner, estimator, network.init)
 
 
 def stocbio(
@@ -154,7 +154,7 @@ def amigo(
     start: Params | None = None,
     loss: Loss | None = None,
 ) -> Learner:
-    """AmIGO: few inner and few linear steps, each started where the task was last left.
+    """AmIGO: few inner and few linear steps, each from the task's last φ_i and v_i.
 
     Warm starts need a finite set of tasks: wrap the meta-step in `memmeta.meta.WarmStart`. On
     fresh tasks every start is cold: `memory_reduced` with gradient descent and fewer steps.

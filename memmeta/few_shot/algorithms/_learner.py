@@ -1,4 +1,4 @@
-"""What a few-shot method is: a problem, an inner loop, an estimator, and a start."""
+"""A few-shot method as one object, and where its meta-parameters start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Learner:
     """A few-shot method: a problem, an inner loop, an estimator, and a start.
 
     Attributes:
-        problem: who adapts, and to what losses.
+        problem: which parameters adapt, and to what losses.
         inner: the inner loop of training.
         estimator: of the hypergradient.
         init: PRNG key -> θ.
@@ -55,15 +55,10 @@ class Learner:
         inner: InnerLoop | None = None,
         task_chunk: int | None = None,
     ) -> Evaluation:
-        """`memmeta.meta` with this method's problem; by default with the loop of training."""
+        """`memmeta.evaluate` of this method's problem; by default with training's inner loop."""
         return evaluate(self.problem, inner or self.inner, meta_params, tasks, task_chunk)
 
 
-def whole(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
-    """The start of methods that learn body and head."""
-    return network.init
-
-
 def body_alone(network: Network) -> Callable[[Key[Array, ""]], MetaParams]:
-    """The start of methods whose heads always begin at zero: θ is {"body": ...}."""
+    """The start of methods that do not learn the head: θ is {"body": ...}."""
     return lambda key: {"body": network.init(key)["body"]}

@@ -1,4 +1,4 @@
-r"""Methods that differentiate the inner steps as they were made."""
+r"""Methods that differentiate through the inner steps."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
-from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
+from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, InnerSolver
 from memmeta.models import Network
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Task
@@ -47,7 +47,7 @@ def maml(
         ['body', 'head']
     """
     problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def boil(
@@ -76,7 +76,7 @@ def boil(
         >>> learner = boil(conv4(ways=5, width=8, head_scale=1.0))
     """
     problem = network_problem(network, "body", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def anil(
@@ -120,7 +120,7 @@ def anil(
         problem = network_problem(network, "head", proximal=0.0, statistics=statistics, loss=loss)
     else:
         problem = head_problem(network, ridge, learn_start=True, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.unrolled(), whole(network))
+    return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 
 def itd_bio(
@@ -158,20 +158,12 @@ def itd_bio(
         _checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
         problem = network_problem(network, "head", 0.0, statistics, start, loss=loss)
     else:
-        problem = head_problem(
-            network, ridge, learn_start=False, statistics=statistics, start=start
-        )
+        problem = head_problem(network, ridge, False, statistics, start, loss)
     return Learner(problem, inner, hypergradient.unrolled(), body_alone(network))
 
 
 def learned_rates() -> InnerSolver:
-    r"""Gradient steps with one rate a parameter, taken from the context.
-
-    $$\phi_{k+1} = \phi_k - \alpha \odot \nabla_\phi g(\phi_k)$$
-
-    Returns:
-        The solver; the context's `rates` are α, like φ.
-    """
+    r"""Gradient steps with one rate a parameter, the context's `rates`: φ − α ⊙ ∇_φ g."""
 
     def update(
         problem: Problem,
@@ -182,8 +174,8 @@ def learned_rates() -> InnerSolver:
         key: Array,
     ) -> tuple[Params, None, Scalar]:
         gradient = jax.grad(problem.inner_loss)(params, context)
-        stepped = jax.tree.map(lambda p, a, g: p - a * g, params, context.rates, gradient)
-        return stepped, state, trees.norm(gradient)
+        following = jax.tree.map(lambda p, a, g: p - a * g, params, context.rates, gradient)
+        return following, state, trees.norm(gradient)
 
     return InnerSolver(lambda problem, params, context: None, update)
 

@@ -5,7 +5,7 @@ import optax
 from memmeta import hypergradient
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import Statistics, head_problem, network_problem
-from memmeta.few_shot.algorithms._learner import Learner, body_alone, whole
+from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop
 from memmeta.models import Network
 from memmeta.problem import Params
@@ -36,7 +36,7 @@ def fomaml(
         >>> learner = fomaml(conv4(ways=5, width=8, head_scale=1.0))
     """
     problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.first_order(), whole(network))
+    return Learner(problem, inner, hypergradient.first_order(), network.init)
 
 
 def reptile(
@@ -46,7 +46,7 @@ def reptile(
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
-    """Reptile: θ moves towards the adapted parameters; the query examples are only looked at.
+    """Reptile: θ moves towards the adapted parameters; the query examples are evaluated only.
 
     Args:
         network: body and head, both θ and φ.
@@ -64,7 +64,7 @@ def reptile(
         >>> learner = reptile(conv4(ways=5, width=8, head_scale=1.0))
     """
     problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
-    return Learner(problem, inner, hypergradient.reptile(), whole(network))
+    return Learner(problem, inner, hypergradient.reptile(), network.init)
 
 
 def pzobo(
