@@ -29,9 +29,9 @@ def implicit_solution(
     One rule serves `jax.grad`, `jvp`, `jacfwd`, `jacrev`, `hessian`, `vmap`, `jit`, `lax.scan` and
     `shard_map` (with `check_vma=False`: jax 0.10.2 refuses loops whose carry starts as a constant).
     Nothing of the inner loop is stored: memory does not grow with its steps. The derivative by the
-    start is zero, as it is for an exact solution. It holds at a minimiser of `inner_loss`: not where
-    a constraint is active, and not where the inner optimiser decays weights; `with_report` tells how
-    far the loop came, the estimator `implicit` has residuals and error estimates too.
+    start is zero, as it is for an exact solution. It holds at a minimiser of `inner_loss`: not
+    where a constraint is active, and not where the inner optimiser decays weights; `with_report`
+    tells how far the loop came, the estimator `implicit` has residuals and error estimates too.
 
     Args:
         inner_loss: g, a function of (φ, context).

@@ -98,49 +98,41 @@ class Sums(NamedTuple):
 
     Attributes:
         gradient: Σ_i ∇F_i, in float32 at least.
-        used: usable tasks.
-        loss: Σ_i f_i.
         aux: sums of the auxiliary outputs.
-        report: sums of the reports.
+        figures: sums of the losses and of each figure of the reports.
+        counts: usable tasks, and the numbers of `Counts` without `refused`.
         smallest: [devices] the smallest curvature on each device, zero in the others' places, so
             that a sum over devices brings the minimum along; None where no curvature was met.
-        counts: the numbers of `Counts`, without `refused`.
     """
 
     gradient: MetaParams
-    used: Scalar
-    loss: Scalar
     aux: PyTree
-    report: Report
+    figures: Float[Array, " figures"]
+    counts: Float[Array, " counts"]
     smallest: Float[Array, " devices"] | None
-    counts: list[Scalar]
 
 
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
     """Add up the figures of one device's tasks."""
 
-    def usable_or(leaf: Array, blank: float) -> Array:
-        return jnp.where(tasks.usable.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, blank)
-
     def total(leaf: Array) -> Array:
-        return jnp.sum(usable_or(leaf, 0).astype(_wide(leaf)), axis=0)
+        usable = tasks.usable.reshape((-1,) + (1,) * (leaf.ndim - 1))
+        return jnp.sum(jnp.where(usable, leaf, 0).astype(_wide(leaf)), axis=0)
 
-    def number(condition: Array) -> Array:
-        # in the dtype of the losses: arrays of one dtype travel as one message
-        return jnp.sum(condition).astype(_wide(tasks.loss))
-
+    dtype = _wide(tasks.loss)
+    figures = [leaf.astype(dtype) for leaf in jax.tree.leaves((tasks.loss, tasks.report))]
+    counts = jnp.stack([tasks.usable, *_trouble(tasks)], axis=1)
     curvature, smallest = tasks.report.smallest_curvature, None
     if curvature is not None:
         own = jnp.arange(devices, dtype=device.dtype) == device
-        smallest = jnp.where(own, jnp.min(usable_or(curvature, jnp.inf)), 0)
+        smallest = jnp.where(own, jnp.min(jnp.where(tasks.usable, curvature, jnp.inf)), 0)
     return Sums(
         gradient=gradient,
-        used=number(tasks.usable),
-        loss=total(tasks.loss),
         aux=jax.tree.map(total, tasks.aux),
-        report=jax.tree.map(total, tasks.report),
+        figures=total(jnp.stack(figures, axis=1)),
+        # in the dtype of the losses: arrays of one dtype travel as one message
+        counts=jnp.sum(counts, axis=0).astype(dtype),
         smallest=smallest,
-        counts=[number(found) for found in _trouble(tasks)],
     )
 
 
@@ -169,11 +161,9 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
 
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
-    loss, aux, report = jax.tree.map(
-        lambda leaf: leaf / summed.used.astype(leaf.dtype),  # 0/0 where no task is usable
-        (summed.loss, summed.aux, summed.report),
-    )
-    nothing = summed.used == 0
+    used, nothing = summed.counts[0], summed.counts[0] == 0
+    figures = jax.tree.structure((tasks.loss, tasks.report))
+    loss, report = jax.tree.unflatten(figures, summed.figures / used)  # 0/0 where none is usable
     errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
     report = report._replace(
         **jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors)
@@ -181,14 +171,14 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     if summed.smallest is not None:
         smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))
         report = report._replace(smallest_curvature=smallest)
-    counts = [number.astype(jnp.int32) for number in summed.counts]
+    counts = summed.counts.astype(jnp.int32)
     return Metrics(
         loss=loss,
-        aux=aux,
+        aux=jax.tree.map(lambda leaf: leaf / used.astype(leaf.dtype), summed.aux),
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
-        used=summed.used.astype(jnp.int32),
-        counts=Counts(*[*counts, jnp.int32(0)]),
+        used=counts[0],
+        counts=Counts(*[*counts[1:], jnp.int32(0)]),
         tasks=tasks,
     )
 

@@ -238,7 +238,7 @@ class MetaStep:
             sums_of = spread(self.mesh, sums_of, split=3, out=(False, True, True))
         whole = (state.meta_params, draw, state.step)
         total, per_task, memory = sums_of(*whole, tasks, numbers, memory)
-        used = jnp.maximum(total.used, 1)
+        used = jnp.maximum(total.counts[0], 1)
         gradient = jax.tree.map(
             lambda g, like: (g / used.astype(g.dtype)).astype(like.dtype),
             total.gradient,
