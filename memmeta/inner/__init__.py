@@ -6,6 +6,7 @@ from memmeta.inner._descent import accelerated, gradient_descent
 from memmeta.inner._loop import InnerLoop, InnerState
 from memmeta.inner._newton import newton
 from memmeta.inner._solver import InnerSolver
+from memmeta.inner._views import minibatch, step_by_step
 
 SOLVERS: dict[str, Callable[[], InnerSolver]] = {
     "accelerated": accelerated,
@@ -21,5 +22,7 @@ __all__ = [
     "InnerState",
     "accelerated",
     "gradient_descent",
+    "minibatch",
     "newton",
+    "step_by_step",
 ]

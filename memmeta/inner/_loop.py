@@ -13,6 +13,7 @@ from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
+from memmeta.inner._views import View
 from memmeta.problem import Context, Params, Problem, Scalar
 
 DEFAULT = accelerated()
@@ -80,6 +81,9 @@ class InnerLoop:
             makes all K steps. The steps made are in the report. Estimators that differentiate the
             steps in reverse refuse it. The tasks of one chunk all run until the slowest of them
             has stopped.
+        view: (context, key, step) -> the context that this step's inner loss sees, of the same
+            structure, such as `minibatch`; None: all of it. Estimators differentiate the steps as
+            they were made; the linear system of an implicit rule is that of the whole context.
 
     Raises:
         ValueError: `steps` is no whole number, negative or beyond int32, or `tolerance` is not
@@ -100,6 +104,7 @@ class InnerLoop:
     solver: InnerSolver | optax.GradientTransformation | optax.MultiSteps = DEFAULT
     steps: int = 20
     tolerance: float | None = None
+    view: View | None = None
 
     def __post_init__(self) -> None:
         _checks.count("steps", self.steps, least=0)
@@ -196,8 +201,9 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
+        seen = context if self.view is None else self.view(context, key, state.steps)
         params, solver, norm = self.steps_of.update(
-            problem, state.params, state.solver, context, state.steps, key
+            problem, state.params, state.solver, seen, state.steps, key
         )
         norm = jax.lax.stop_gradient(norm)  # it is reported, not differentiated
         first = jnp.where(state.steps == 0, norm, state.first_gradient_norm)

@@ -1,0 +1,101 @@
+r"""What each inner step sees of its task: all of it, some rows drawn, or a part of its own.
+
+    view(context, key, step) -> context
+
+The key is the task's own and the same in every step.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Key
+
+from memmeta import _checks
+from memmeta.problem import Context
+
+View: TypeAlias = Callable[[Context, Key[Array, ""], Int32[Array, ""]], Context]
+"""(context, the task's key, step) -> the context that this step's inner loss sees."""
+
+
+def minibatch(size: int, of: Callable[[str], bool]) -> View:
+    r"""A few rows in each step, drawn without replacement within an epoch.
+
+    Step k takes rows $\pi_e(b \cdot \text{size} \ldots (b+1) \cdot \text{size})$ with e and b the
+    quotient and the rest of k by ⌊n/size⌋, and π_e a permutation of the n rows drawn for epoch e.
+    What is left over of an epoch is not used in it.
+
+    Args:
+        size: rows in each step.
+        of: whether a leaf of the context is cut along its first axis, by its path such as
+            "1/support_inputs"; all such leaves have the same number of rows.
+
+    Returns:
+        The view, for `InnerLoop(..., view=...)`.
+
+    Raises:
+        ValueError: `size` is no whole number above 0; (when traced) no leaf is chosen, their rows
+            differ in number, or there are fewer than `size`.
+
+    Example:
+        >>> view = minibatch(2, of=lambda path: path == "rows")
+        >>> context = {"rows": jnp.arange(4), "weight": jnp.ones(3)}
+        >>> first, second = (view(context, jax.random.key(0), jnp.int32(k)) for k in (0, 1))
+        >>> sorted([*first["rows"].tolist(), *second["rows"].tolist()]), first["weight"].shape
+        ([0, 1, 2, 3], (3,))
+    """
+    _checks.count("size", size)
+
+    def view(context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
+        rows = {leaf.shape[0] for leaf in jax.tree.leaves(_chosen(context, of))}
+        _checks.require("of", rows, len(rows) == 1, "leaves with one number of rows")
+        count = rows.pop()
+        _checks.require("size", size, size <= count, f"at most the {count} rows there are")
+        epoch, batch = jnp.divmod(step, count // size)
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
+        drawn = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
+        return _changed(context, of, lambda leaf: leaf[drawn])
+
+    return view
+
+
+def step_by_step(of: Callable[[str], bool]) -> View:
+    """Data that have an axis of steps already: step k sees entry k of it.
+
+    Args:
+        of: whether a leaf of the context has such a first axis, by its path.
+
+    Returns:
+        The view. Steps beyond the end see the last entry.
+
+    Example:
+        >>> view = step_by_step(of=lambda path: path == "data")
+        >>> view({"data": jnp.arange(3.0)}, jax.random.key(0), jnp.int32(2))["data"].tolist()
+        2.0
+    """
+
+    def view(context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
+        return _changed(
+            context,
+            of,
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, step, keepdims=False),
+        )
+
+    return view
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _chosen(context: Context, of: Callable[[str], bool]) -> list[Array]:
+    return [leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(context) if of(_path(keys))]
+
+
+def _changed(
+    context: Context, of: Callable[[str], bool], change: Callable[[Array], Array]
+) -> Context:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: change(leaf) if of(_path(keys)) else leaf, context
+    )
