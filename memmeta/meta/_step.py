@@ -20,7 +20,7 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
-from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
+from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, spread
 from memmeta.meta._metrics import DEFAULT_GUARD, Guard, Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
 
@@ -286,13 +286,16 @@ class MetaStep:
         per_task, memory = jax.tree.map(
             lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
         )
-        devices = shards(self.mesh)
-        summed = sums(total, per_task, numbers[0] // count, devices)
-        if devices > 1:
+        summed = sums(total, per_task, numbers[0] // count, self._devices)
+        if self._devices > 1:
             # XLA (jax 0.10.2) would send a sum that is known early in an all-reduce of its own;
             # behind the barrier all travel in one.
             summed = jax.lax.psum(jax.lax.optimization_barrier(summed), TASKS)
         return summed, per_task, memory
+
+    @property
+    def _devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape[TASKS]
 
     def chunk(self, tasks: Batch) -> int:
         """How many tasks are worked on at once on each device.
@@ -307,7 +310,7 @@ class MetaStep:
             ValueError: the tasks cannot be shared out evenly over devices or chunks.
         """
         count = trees.leading_size(tasks, "tasks")
-        devices = shards(self.mesh)
+        devices = self._devices
         if count == 0:
             raise ValueError("tasks: expected at least one task, found 0.")
         if count % devices:
