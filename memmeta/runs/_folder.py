@@ -253,10 +253,10 @@ def new_run(path: Path, config: Config) -> Iterator[RunFolder]:
     Raises:
         UserError: another run or anything else is in it, or it cannot be written.
     """
-    require_new(path)
-    if not processes.is_first():
+    if not processes.is_first():  # the first one may have made it already
         yield RunFolder(path)
         return
+    require_new(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
