@@ -1,6 +1,8 @@
 """Checks of arguments, whose errors say which one, what was found and what was expected."""
 
+import inspect
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -39,6 +41,17 @@ def not_negative(name: str, value: Any) -> None:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def arguments(name: str, function: Callable[..., Any], number: int) -> None:
+    """Refuse a function that cannot be called with so many positional arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*range(number))
+    except TypeError:
+        expected = f"a function of {number} arguments"
+        remedy = "See memmeta.inner.InnerSolver for what they are."
+        require(name, f"{getattr(function, '__name__', 'one')}{signature}", False, expected, remedy)
 
 
 def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:

@@ -434,6 +434,12 @@ def test_a_factory_that_was_not_called_is_named():
             make_step(BASE, getattr(mm.hypergradient, name))
 
 
+def test_a_solver_of_other_arguments_is_named():
+    old = mm.inner.InnerSolver(lambda problem, params, context: (), lambda g, params, state, c: 0)
+    with pytest.raises(ValueError, match=r"solver\.update: expected a function of 6 arguments"):
+        mm.InnerLoop(old)
+
+
 def test_leaves_that_are_no_arrays_are_named():
     step = make_step(BASE, mm.hypergradient.unrolled())
     with pytest.raises(ValueError, match=r"meta_params: found .* at \['act'\], expected arrays"):

@@ -112,6 +112,8 @@ class InnerLoop:
             _checks.positive("tolerance", self.tolerance)
         if not isinstance(self.solver, InnerSolver):  # an optax optimiser, taken as it is
             object.__setattr__(self, "solver", from_optax(self.solver))
+        for name, arguments in (("init", 3), ("update", 6)):
+            _checks.arguments(f"solver.{name}", getattr(self.solver, name), arguments)
 
     def __call__(
         self,
