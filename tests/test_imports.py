@@ -59,7 +59,7 @@ def is_private(name):
 
 
 def private_names(tree):
-    """The private names that a program imports from memmeta, and the private attributes it reads."""
+    """The private names that a program imports from memmeta, and any private attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
