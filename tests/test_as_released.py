@@ -13,10 +13,10 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import memmeta as mm
-from memmeta.few_shot._networks import check_statistics, features_of
+from memmeta.few_shot import head_problem
 from memmeta.few_shot.algorithms import METHODS
 from memmeta.problem import Task
-from memmeta.runs._config import Config, UserError
+from memmeta.runs import Config, UserError
 
 WAYS, SHAPE, TINY = 3, (8, 8, 3), 1e-30
 
@@ -246,8 +246,11 @@ def test_separate_means_that_neither_pass_sees_the_other(tasks):
     model = network()
     theta = model.init(jax.random.key(0))["body"]
     task = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), tasks)
-    found = features_of(model, theta, task, "separate")
-    for features, inputs in zip(found, (task.support_inputs, task.query_inputs), strict=True):
+    found = head_problem(model, 0.0, False, "separate").embed({"body": theta}, task)
+    for features, inputs in (
+        (found.support_features, task.support_inputs),
+        (found.query_features, task.query_inputs),
+    ):
         np.testing.assert_allclose(features, body(doubles(theta), doubles(inputs)), atol=1e-5)
 
 
@@ -290,8 +293,8 @@ def test_bad_arguments_are_named():
     head = model.init(jax.random.key(0))["head"]
     with pytest.raises(ValueError, match=r"start: expected a head of shapes .*'kernel': \(3, 3\)"):
         mm.algorithms.memory_reduced(model, start={**head, "kernel": np.ones((3, 4))})
-    with pytest.raises(ValueError, match="statistics: expected one of 'transductive', 'support'"):
-        check_statistics("running")
-    # under test, annotations are checked before the library's own check is reached
+    # under test, annotations are checked before the library's own checks are reached
+    with pytest.raises((ValueError, TypeCheckError), match="statistics"):
+        head_problem(model, 0.0, False, "running")
     with pytest.raises((ValueError, TypeCheckError), match="initialisation"):
         mm.models.conv4(5, initialisation="orthogonal")

@@ -1,13 +1,16 @@
 """Data sets from folders of images: what is converted, what is refused, and what a cache holds."""
 
+import hashlib
 import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unicodedata
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,17 +18,29 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
+import memmeta.data
+from memmeta.__main__ import main
 from memmeta.data import DataError, Episodes, HostDataset, Reading, load, load_host
-from memmeta.data import _cache as cache
-from memmeta.data import _folders as folders
-from memmeta.data._class_splits import drawn_split, published_split
-from memmeta.data._plan import ClassItems, Plan
-from memmeta.runs import _progress as progress
 
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 SPLITS = ("train", "validation", "test")
+PICTURE = Path("train", "picture", "1.png")
+
+
+def published(name):
+    """A published split as it is shipped."""
+    (path,) = Path(memmeta.data.__file__).parent.rglob(f"{name}.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def converted(root, reading):
+    """The image `root / PICTURE` as `load` gives it; the other splits have images in colour."""
+    for split in ("val", "test"):
+        write_image(root / split / split / "1.png", (1, 2, 3))
+    (image,) = np.asarray(load("folder", "train", root, reading).inputs[0])
+    return image
 
 
 def write_image(path: Path, colour, size=(9, 7), mode="RGB"):
@@ -104,9 +119,9 @@ def test_class_folders_alone_are_split_by_seed(tmp_path):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK"])
 def test_other_modes_become_rgb(tmp_path, mode):
-    suffix = "tif" if mode == "CMYK" else "png"
-    write_image(tmp_path / f"image.{suffix}", (255, 255, 255), mode=mode)
-    found = folders.read_image(tmp_path / f"image.{suffix}", Reading())
+    path = tmp_path / PICTURE.with_suffix(".tif" if mode == "CMYK" else ".png")
+    write_image(path, (255, 255, 255), mode=mode)
+    found = converted(tmp_path, Reading())
     assert found.shape == (84, 84, 3)
     assert found.dtype == np.uint8
     assert (found == 255).all()
@@ -135,37 +150,29 @@ def test_damaged_image_is_named_and_mending_it_resumes(tmp_path, monkeypatch, ho
         load("folder", "train", tmp_path)
     assert "\n" not in str(error.value)
     write_image(victim, (3, 1, 200))
-    read, real = [], folders.read_image
-    monkeypatch.setattr(folders, "read_image", lambda p, *how: read.append(p.name) or real(p, *how))
+    read, turn_upright = [], ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda x: read.append(x) or turn_upright(x))
     dataset = load("folder", "validation", tmp_path)
     assert len(read) == 9  # val-b and the two test classes; the three before it were kept
     np.testing.assert_array_equal(dataset.inputs[1, 1, 0, 0], [3, 1, 200])
 
 
 def test_rows_lost_in_an_interruption_are_read_again(tmp_path):
+    whole = load("folder", "train", make_tree(tmp_path / "whole"))
     root = make_tree(tmp_path / "images")
-    whole = load("folder", "train", root)
+    victim = root / "test" / "test-b" / "1.png"
+    damage(victim, "truncated")
+    with pytest.raises(DataError, match=r"test-b/1\.png: not a whole image"):
+        load("folder", "train", root)
+    # as after a crash: a line cut off, and rows that never reached the disk
     folder = root / ".memmeta" / "folder"
-    manifest = json.loads((folder / cache.MANIFEST).read_text())
-    found = folders.find_classes("folder", 0, root)
-    plan = folders.make_plan("folder", root, found, Reading())
-    stamps = {item.name: item.stamp for item in found["train"]}
-    entries = [{"fingerprint": plan.fingerprint()}]
-    entries += [
-        {
-            "key": f"train/{found['name']}",
-            "stamp": stamps[found["name"]],
-            "sha256": found["sha256"],
-        }
-        for found in manifest["splits"]["train"]
-    ]
-    lines = [json.dumps(entry) for entry in entries]
-    # as after a crash: no manifest, a line cut off, and rows that never reached the disk
-    (folder / cache.JOURNAL).write_text("\n".join(lines) + '\n{"class": "tr')
-    (folder / cache.MANIFEST).unlink()
+    with (folder / "finished.jsonl").open("a") as journal:
+        journal.write('{"class": "tr')
     rows = np.lib.format.open_memmap(folder / "train.npy", mode="r+")
+    assert rows[4].any()
     rows[4] = 0
     rows.flush()
+    write_image(victim, (5, 1, 200))
     np.testing.assert_array_equal(load("folder", "train", root).inputs, whole.inputs)
 
 
@@ -187,7 +194,7 @@ def test_altered_cache_is_refused(tmp_path, how):
         case "pickle":
             np.save(path, np.array([{}], dtype=object), allow_pickle=True)
         case "manifest":
-            (folder / cache.MANIFEST).write_text("{}")
+            (folder / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match=r"remove .*\.memmeta/folder to have it made again"):
         load("folder", "train", tmp_path)
 
@@ -281,30 +288,33 @@ def test_mini_imagenet_from_lists(tmp_path):
     assert dataset.group[:3].tolist() == [1, 0, 1]
 
 
+def sizes(name, data_dir):
+    """The numbers of classes and of groups of each split."""
+    found = [load_host(name, split, data_dir, Reading(size=1)).index for split in SPLITS]
+    return [len(d.class_names) for d in found], [len(d.group_names) for d in found]
+
+
 def test_tiered_imagenet_has_its_published_split_and_categories(tmp_path):
     root, label, lines = tmp_path / "tiered_imagenet", 0, ["label,category"]
     for split, count in (("train", 351), ("val", 97), ("test", 160)):
         for number in range(count):
             name = f"n{label:08}"
-            (root / split / name).mkdir(parents=True)
-            (root / split / name / "0.jpg").touch()
+            write_image(root / split / name / "0.png", (0, 0, 0), size=(1, 1))
             lines.append(f"{name},{split} category {number // 20}")
             label += 1
     (root / "categories.csv").write_text("\n".join(lines), encoding="utf-8")
-    splits = folders.find_classes("tiered_imagenet", 0, tmp_path / "tiered_imagenet")
-    assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
-    assert [len({item.group for item in splits[split]}) for split in SPLITS] == [18, 5, 8]
-    (root / "test" / "n00000607" / "0.jpg").unlink()
-    (root / "test" / "n00000607").rmdir()
+    (root / "test" / "n00000607").rename(tmp_path / "aside")
     with pytest.raises(DataError, match=r"have \[351, 97, 159\] classes, .* has \[351, 97, 160\]"):
         load("tiered_imagenet", "train", tmp_path)
+    (tmp_path / "aside").rename(root / "test" / "n00000607")
+    assert sizes("tiered_imagenet", tmp_path) == ([351, 97, 160], [18, 5, 8])
 
 
 def test_mini_imagenet_from_class_folders_alone(tmp_path):
     """Named by their WordNet ids, they need no lists; further classes of ImageNet are left out."""
     root = tmp_path / "mini_imagenet"
-    listed = published_split("mini_imagenet").split_of
-    write_classes(root, [*listed, "n01440764"], examples=1)
+    listed = published("mini_imagenet")["splits"]
+    write_classes(root, [*chain(*listed.values()), "n01440764"], examples=1)
     found = {split: load_host("mini_imagenet", split, tmp_path).index for split in SPLITS}
     assert [len(dataset.class_names) for dataset in found.values()] == [64, 16, 20]
     assert "n03544143" in found["test"].class_names  # hourglass
@@ -313,52 +323,76 @@ def test_mini_imagenet_from_class_folders_alone(tmp_path):
 
 def test_tiered_imagenet_from_folders_of_categories(tmp_path):
     """The published list gives the categories, and so do folders of them; no class is elsewhere."""
-    published = published_split("tiered_imagenet")
-    for number, (label, category) in enumerate(published.group_of.items()):
-        path = tmp_path / "tiered_imagenet" / (label if number % 2 else f"{category}/{label}")
-        path.mkdir(parents=True)
-        (path / "0.jpg").touch()
-    splits = folders.find_classes("tiered_imagenet", 0, tmp_path / "tiered_imagenet")
-    assert [len(splits[split]) for split in SPLITS] == [351, 97, 160]
-    assert [len({item.group for item in splits[split]}) for split in SPLITS] == [20, 6, 8]
-    assert {item.group for item in splits["test"]} >= {"n02159955", "n09287968"}  # insects, shores
+    root = tmp_path / "tiered_imagenet"
+    for category, labels in published("tiered_imagenet")["groups"].items():
+        for number, label in enumerate(labels):
+            folder = root / label if number % 2 else root / category / label
+            write_image(folder / "0.png", (0, 0, 0), size=(1, 1))
+    assert sizes("tiered_imagenet", tmp_path) == ([351, 97, 160], [20, 6, 8])
+    groups = load_host("tiered_imagenet", "test", tmp_path, Reading(size=1)).index.group_names
+    assert set(groups) >= {"n02159955", "n09287968"}  # insects, shores
 
 
-def items(names, examples=1):
-    return [ClassItems(name, "", range(examples)) for name in names]
+def write_mini(data_dir, splits):
+    """A folder of splits whose classes have one small image each."""
+    for split, names in splits.items():
+        for name in names:
+            folder = data_dir / "mini_imagenet" / split / name
+            write_image(folder / "0.png", (0, 0, 0), size=(1, 1))
+    return data_dir
 
 
-def test_splits_that_are_not_the_published_one():
-    published = published_split("mini_imagenet")
-    of = {
-        split: [name for name in published.split_of if published.split_of[name] == split]
-        for split in SPLITS
-    }
-    right = {split: items(names) for split, names in of.items()}
-    assert published.check(right) == right
-    of["train"][0], of["test"][0] = of["test"][0], of["train"][0]
-    wrong = {split: items(names) for split, names in of.items()}
-    with pytest.raises(DataError, match=r"n01532829 is in test, .* it is in train: move it"):
-        published.check(wrong)
-    with pytest.raises(DataError, match=r"has 601 examples, .* at most 600"):
-        published.divide(items(published.split_of, 601))
-    with pytest.raises(DataError, match=r"the published split does not name 'dog'"):
-        published.divide(items([*published.split_of, "dog"]))
-    own = {split: items(f"{split} {n}" for n in range(len(of[split]))) for split in SPLITS}
-    assert published.check(own) == own  # names of one's own are counted
-    own["test"][0] = items(["n01930112"])[0]
-    with pytest.raises(DataError, match=r"99 of the 100 classes"):
-        published.check(own)
+@pytest.mark.parametrize("names", ["published", "of one's own"])
+def test_splits_that_are_the_published_one(names, tmp_path):
+    splits = published("mini_imagenet")["splits"]
+    if names != "published":  # these are only counted
+        splits = {s: [f"{s} {n}" for n in range(len(found))] for s, found in splits.items()}
+    write_mini(tmp_path, splits)
+    for split in SPLITS:
+        found = load_host("mini_imagenet", split, tmp_path, Reading(size=1)).index.class_names
+        assert sorted(found) == sorted(splits[split])
 
 
-def test_a_conversion_shows_how_far_it_is(monkeypatch):
-    written = io.StringIO()
-    terminal = Console(file=written, force_terminal=True)
-    monkeypatch.setattr(progress, "Console", lambda **_: terminal)
-    with progress.data_bar("converting leaves", 4) as advance:
-        advance(3)
-    assert "converting leaves" in written.getvalue()
-    assert "75%" in written.getvalue()
+def exchanged(data_dir, splits):
+    splits["train"][0], splits["test"][0] = splits["test"][0], splits["train"][0]
+    write_mini(data_dir, splits)
+    return r"n01532829 is in test, .* it is in train: move it"
+
+
+def too_many_examples(data_dir, splits):
+    write_mini(data_dir, splits)
+    for number in range(1, 601):
+        (data_dir / "mini_imagenet" / "train" / "n01532829" / f"{number}.png").touch()
+    return r"n01532829 has 601 examples, .* at most 600"
+
+
+def one_published_name(data_dir, splits):
+    own = {split: [f"{split} {n}" for n in range(len(found))] for split, found in splits.items()}
+    own["test"][0] = "n01930112"
+    write_mini(data_dir, own)
+    return r"99 of the 100 classes"
+
+
+@pytest.mark.parametrize("spoil", [exchanged, too_many_examples, one_published_name])
+def test_splits_that_are_not_the_published_one(spoil, tmp_path):
+    message = spoil(tmp_path, published("mini_imagenet")["splits"])
+    with pytest.raises(DataError, match=message):
+        load("mini_imagenet", "train", tmp_path)
+
+
+def test_a_conversion_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    """On a terminal. The last of four images is damaged, so that the bar ends at three."""
+    write_classes(tmp_path / "train", ["a", "b"], examples=1)
+    write_classes(tmp_path / "val", ["c"], examples=1)
+    (tmp_path / "test" / "d").mkdir(parents=True)
+    damage(tmp_path / "test" / "d" / "0.png", "truncated")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    run = ["--run", str(tmp_path / "run"), "--data=folder", f"--data-dir={tmp_path}"]
+    assert main(["train", *run]) == 1
+    said = capsys.readouterr().err
+    assert "converting folder" in said
+    assert "75%" in said
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
@@ -504,25 +538,21 @@ def test_two_processes_at_once(tmp_path):
     assert sums == {f"{load_host('folder', 'train', tmp_path).rows.sum()}\n"}
 
 
-def test_examples_of_the_wrong_shape_are_refused(tmp_path):
-    splits = {split: [ClassItems(split, "", (0,))] for split in SPLITS}
-    plan = Plan("made", (2, 2), splits, lambda item: np.zeros((2, 3), np.uint8))
-    with pytest.raises(DataError, match=r"uint8 \(2, 3\), expected uint8 \(2, 2\)"):
-        cache.ensure_cache(tmp_path / "made", lambda: plan)
-
-
 @given(
-    names=st.lists(st.text(min_size=1, max_size=4), min_size=3, max_size=40, unique=True),
-    seed=st.integers(0, 2**31),
-    shares=st.tuples(st.integers(0, 50), st.integers(0, 50)),
+    names=st.lists(st.text("abcxyzäß中 1.", min_size=1, max_size=4), min_size=3, max_size=12),
+    seed=st.integers(0, 10**9 - 1),
 )
-@settings(max_examples=20, deadline=None)
-def test_a_drawn_split_has_every_class_once_and_no_split_empty(names, seed, shares):
-    classes = [ClassItems(name, "", ()) for name in names]
-    found = drawn_split(classes, seed, *shares)
-    assert all(found.values())
-    assert sorted(c.name for part in found.values() for c in part) == sorted(names)
-    assert found == drawn_split(classes, seed, *shares)
-    # whether a class is drawn before another does not depend on the order they are listed in
-    again = drawn_split(classes[::-1], seed, *shares)
-    assert {s: set(part) for s, part in again.items()} == {s: set(p) for s, p in found.items()}
+@settings(max_examples=15, deadline=None)
+def test_a_drawn_split_is_by_seed_and_names_alone(names, seed):
+    """Every class once, no split empty, and in the order of the SHA-256 of "seed/name"."""
+    names = sorted({f"{number}{name}" for number, name in enumerate(names)})
+    order = sorted(names, key=lambda x: hashlib.sha256(f"{seed}/{x}".encode()).digest())
+    first = min(max(round(0.64 * len(names)), 1), len(names) - 2)
+    second = min(first + max(round(0.16 * len(names)), 1), len(names) - 1)
+    expected = order[:first], order[first:second], order[second:]
+    assert all(expected)
+    with tempfile.TemporaryDirectory() as folder:
+        write_classes(Path(folder), names, examples=1)
+        for split, part in zip(SPLITS, expected, strict=True):
+            found = load_host(f"folder:{seed}", split, folder, Reading(size=1)).index
+            assert list(found.class_names) == sorted(part)

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_data_folders import SPLITS, make_tree, write_classes, write_image
+from test_data_folders import PICTURE, SPLITS, converted, make_tree, write_classes, write_image
 
 from memmeta.data import DataError, Dataset, Episodes, Reading, load, load_host
-from memmeta.data._images import read_image
 
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
 
@@ -124,8 +123,8 @@ def drawing(path, mode="RGBA"):
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 @pytest.mark.parametrize(("colour", "level"), [("white", 255), ("#404040", 64), ("black", 0)])
 def test_what_is_transparent_shows_the_background(mode, colour, level, tmp_path):
-    drawing(tmp_path / "1.png", mode)
-    image = read_image(tmp_path / "1.png", Reading(size=20, background=colour))
+    drawing(tmp_path / PICTURE, mode)
+    image = converted(tmp_path, Reading(size=20, background=colour))
     assert (image[0, 0] == level).all()
     assert (image[10, 10] == 0).all()
 
@@ -133,8 +132,9 @@ def test_what_is_transparent_shows_the_background(mode, colour, level, tmp_path)
 def test_a_palette_with_a_transparent_colour(tmp_path):
     image = Image.new("P", (20, 20), 1)
     image.putpalette([0, 0, 0, 200, 10, 10])
-    image.save(tmp_path / "1.png", transparency=1)
-    assert (read_image(tmp_path / "1.png", Reading(size=20)) == 255).all()
+    (tmp_path / PICTURE).parent.mkdir(parents=True)
+    image.save(tmp_path / PICTURE, transparency=1)
+    assert (converted(tmp_path, Reading(size=20)) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -154,8 +154,9 @@ def test_images_are_upright(orientation, tmp_path):
     }[orientation](upright)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "1.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "1.png", Reading(size=16)), upright)
+    (tmp_path / PICTURE).parent.mkdir(parents=True)
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / PICTURE, exif=exif)
+    np.testing.assert_array_equal(converted(tmp_path, Reading(size=16)), upright)
 
 
 @pytest.mark.parametrize("size", [(60, 20), (20, 60), (21, 20), (20, 20)])
@@ -164,10 +165,11 @@ def test_shapes_are_kept_by_a_crop_and_not_by_a_squeeze(size, tmp_path):
     width, height = size
     down, right = np.mgrid[:height, :width]
     inside = (down - (height - 1) / 2) ** 2 + (right - (width - 1) / 2) ** 2 < 8**2
-    Image.fromarray(np.uint8(255 * inside)).save(tmp_path / "1.png")
-    cropped = read_image(tmp_path / "1.png", Reading(size=10))[..., 0] > 127
+    (tmp_path / PICTURE).parent.mkdir(parents=True)
+    Image.fromarray(np.uint8(255 * inside)).save(tmp_path / PICTURE)
+    cropped = converted(tmp_path, Reading(size=10))[..., 0] > 127
     assert cropped.any(axis=0).sum() == cropped.any(axis=1).sum() == 8
-    squeezed = read_image(tmp_path / "1.png", Reading(size=10, fit="squeeze"))[..., 0] > 127
+    squeezed = converted(tmp_path, Reading(size=10, fit="squeeze"))[..., 0] > 127
     square = max(size) < 2 * min(size)
     assert (squeezed.any(axis=0).sum() == squeezed.any(axis=1).sum()) == square
 

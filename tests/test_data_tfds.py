@@ -1,6 +1,7 @@
 """Data sets by tensorflow-datasets, without a network: prepared files that the tests write in the
 real ArrayRecord format, and tensorflow-datasets' own mocking."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -10,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import memmeta.data
 from memmeta.__main__ import main
 from memmeta.data import DataError, load, load_host
-from memmeta.data import _class_splits as class_splits
-from memmeta.data import _from_tfds as from_tfds
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
 array_record = pytest.importorskip("array_record.python.array_record_module")
@@ -96,7 +96,7 @@ def write_prepared(data_dir, name, examples, names):
 
 def cifar_names():
     """The 100 labels in alphabetical order, as the data set numbers them."""
-    path = Path(class_splits.__file__).with_name("cifar_fs.json")
+    (path,) = Path(memmeta.data.__file__).parent.rglob("cifar_fs.json")
     content = json.loads(path.read_text())["splits"]
     return sorted(name for split in SPLITS for name in content[split])
 
@@ -164,10 +164,28 @@ def omniglot_source(characters=1623, alphabets=50, background=964):
 
 
 @pytest.fixture
-def mocked_omniglot(monkeypatch):
+def tensorflow(monkeypatch):
+    """Says whether TensorFlow is installed and how a preparation by it ends; none is run."""
+
+    def set_to(installed, code=0, stderr=""):
+        spec = importlib.util.find_spec
+
+        def find_spec(name, *rest):
+            return installed or None if name == "tensorflow" else spec(name, *rest)
+
+        def run(command, **_):
+            return subprocess.CompletedProcess(command, code, stderr=stderr)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        monkeypatch.setattr(subprocess, "run", run)
+
+    return set_to
+
+
+@pytest.fixture
+def mocked_omniglot(tensorflow):
     source = omniglot_source()
-    # the files are never there for the mocked builder, and nothing must be downloaded
-    monkeypatch.setattr(from_tfds, "prepare", lambda name, data_dir: None)
+    tensorflow(installed=True)  # the files are never there for the mocked builder
 
     def as_data_source(self, split=None, decoders=None, **_):
         assert self.name == "omniglot"
@@ -184,13 +202,18 @@ def test_omniglot_by_character_with_rotations(tmp_path, mocked_omniglot):
     assert len(names) == 1623
     host = found["validation"]
     assert host.rows.shape == (800, 28, 28, 1)
-    images = host.to_device().inputs
+    dataset = host.to_device()
+    images = dataset.inputs
     assert images.shape == (400, 2, 28, 28, 1)
+    assert (np.asarray(dataset.count) == 2).all()
+    characters = [name.split()[0] for name in dataset.class_names[:100]]
+    turned = [f"{name} {angle}°" for angle in (0, 90, 180, 270) for name in characters]
+    assert list(dataset.class_names) == turned
+    assert len(set(turned)) == 400
     for turn in range(4):
-        turned = np.rot90(np.asarray(images[:100]), turn, axes=(2, 3))
-        np.testing.assert_array_equal(images[100 * turn : 100 * (turn + 1)], turned)
+        expected = np.rot90(np.asarray(images[:100]), turn, axes=(2, 3))
+        np.testing.assert_array_equal(images[100 * turn : 100 * (turn + 1)], expected)
     assert images[0, 0, -1, -1, 0] == 0  # the background is black
-    assert host.index.class_names[100] == f"{host.index.class_names[0].split()[0]} 90°"
 
 
 def test_omniglot_by_alphabet(tmp_path, mocked_omniglot):
@@ -211,6 +234,18 @@ def test_what_is_no_image_classification(tmp_path):
         load("tfds:no_such_data", "train", tmp_path)
 
 
+def test_examples_of_the_wrong_shape_are_refused(tmp_path):
+    examples = [
+        {"image": np.zeros((32, 32 - (label == 7), 3), np.uint8), "label": label}
+        for label in range(100)
+    ]
+    names = {"label": cifar_names(), "coarse_label": COARSE}
+    records = [example | {"coarse_label": 0, "id": b"x"} for example in examples]
+    write_prepared(tmp_path, "cifar100", {"train": records, "test": records[:1]}, names)
+    with pytest.raises(DataError, match=r"uint8 \(32, 31, 3\), expected uint8 \(32, 32, 3\)"):
+        load("cifar_fs", "train", tmp_path)
+
+
 def test_another_file_format_is_refused(tmp_path):
     builder = tfds.builder("mnist", data_dir=tmp_path, file_format="tfrecord")
     builder.data_path.mkdir(parents=True)
@@ -226,8 +261,8 @@ def test_another_file_format_is_refused(tmp_path):
         load("tfds:mnist", "train", tmp_path)
 
 
-def test_missing_extras_are_asked_for_with_the_pip_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(from_tfds.importlib.util, "find_spec", lambda name: None)
+def test_missing_extras_are_asked_for_with_the_pip_line(tmp_path, monkeypatch, tensorflow):
+    tensorflow(installed=False)
     with pytest.raises(DataError, match=r"needs TensorFlow .*pip install 'memmeta\[tfds-prepare\]"):
         load("cifar_fs", "train", tmp_path)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -235,13 +270,8 @@ def test_missing_extras_are_asked_for_with_the_pip_line(tmp_path, monkeypatch):
         load("cifar_fs", "train", tmp_path)
 
 
-def test_a_failed_preparation_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(from_tfds.importlib.util, "find_spec", lambda name: object())
-
-    def run(command, **_):
-        return subprocess.CompletedProcess(command, 1, stderr="Traceback\n  line\nOSError: no net")
-
-    monkeypatch.setattr(from_tfds.subprocess, "run", run)
+def test_a_failed_preparation_is_said_in_one_line(tmp_path, tensorflow):
+    tensorflow(installed=True, code=1, stderr="Traceback\n  line\nOSError: no net")
     with pytest.raises(DataError, match="preparing cifar100 failed: OSError: no net"):
         load("cifar_fs", "train", tmp_path)
 

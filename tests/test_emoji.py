@@ -1,14 +1,17 @@
 """The embedded emoji: what is in them, that support and query are apart, and how hard they are."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memmeta.data
 from memmeta.data import Episodes, load
-from memmeta.data import _archive as archive
 
 SPLITS = ("train", "validation", "test")
+FILE = Path(memmeta.data.__file__).parent / "archives" / "emoji.npz"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def splits():
 
 def test_size_and_layout(splits):
     assert sum(len(dataset.class_names) for dataset in splits.values()) >= 1000
-    assert (archive.ARCHIVES / "emoji.npz").stat().st_size < 6_000_000
+    assert FILE.stat().st_size < 6_000_000
     for dataset in splits.values():
         assert dataset.inputs.shape == (len(dataset.class_names), 12, 32, 32, 3)
         assert dataset.inputs.dtype == jnp.uint8

@@ -1,17 +1,26 @@
 """The embedded glyphs: what is in them, that they are whole, and how hard they are."""
 
 import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memmeta
 from memmeta.data import DataError, Episodes, load
-from memmeta.data import _archive as archive
 
 SPLITS = ("train", "validation", "test")
+PACKAGE = Path(memmeta.__file__).parent
+FILES = Path("data") / "archives"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def test_size_and_layout(splits):
         assert set(np.unique(dataset.inputs)) == set(range(0, 256, 17))
         assert (np.asarray(dataset.count) == 20).all()
         assert set(np.unique(dataset.group)) == set(range(len(dataset.group_names)))
-    assert (archive.ARCHIVES / "glyphs.npz").stat().st_size < 8_000_000
+    assert (PACKAGE / FILES / "glyphs.npz").stat().st_size < 8_000_000
 
 
 def test_no_character_and_no_script_is_in_two_splits(splits):
@@ -88,42 +97,71 @@ def test_unknown_names_are_answered_with_the_known_ones():
         load("glyphs", "dev")
 
 
-def damage(folder, monkeypatch, change):
-    """Ship a damaged copy of the archive instead of the real one."""
-    content = (archive.ARCHIVES / "glyphs.npz").read_bytes()
-    checksum = (archive.ARCHIVES / "glyphs.sha256").read_text()
-    (folder / "glyphs.npz").write_bytes(change(content))
-    (folder / "glyphs.sha256").write_text(checksum)
-    monkeypatch.setattr(archive, "ARCHIVES", folder)
+def pickled(content):
+    file = io.BytesIO()
+    np.savez(file, images=np.array([{}], dtype=object))
+    return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content[:-1],
-        lambda content: b"",
-        lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
-    ],
-    ids=["truncated", "empty", "one bit altered"],
-)
-def test_damaged_archive_is_refused(tmp_path, monkeypatch, change):
-    damage(tmp_path, monkeypatch, change)
-    with pytest.raises(DataError, match=r"^glyphs: .* truncated or altered.*reinstall") as error:
-        load("glyphs", "train")
-    assert "\n" not in str(error.value)
+DAMAGES = {
+    "truncated": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "one bit altered": lambda content: content[:500] + bytes([content[500] ^ 1]) + content[501:],
+    "pickled": pickled,
+}
+MISSING = ("glyphs.npz", "glyphs.sha256")
+PROGRAM = """
+import json, shutil
+from pathlib import Path
+import memmeta.data
+here = Path(__file__).parent
+archives, found = here / "memmeta" / "data" / "archives", {}
+for damaged in (here / "cases").iterdir():
+    for name in ("glyphs.npz", "glyphs.sha256"):
+        (archives / name).unlink(missing_ok=True)
+    shutil.copytree(damaged, archives, dirs_exist_ok=True)
+    try:
+        memmeta.data.load("glyphs", "train")
+    except memmeta.data.DataError as error:
+        found[damaged.name] = str(error)
+print(json.dumps(found))
+"""
 
 
-@pytest.mark.parametrize("missing", ["glyphs.npz", "glyphs.sha256"])
-def test_missing_file_is_named(tmp_path, monkeypatch, missing):
-    damage(tmp_path, monkeypatch, lambda content: content)
-    (tmp_path / missing).unlink()
-    with pytest.raises(DataError, match=rf"^glyphs: cannot read .*{missing}.*reinstall"):
-        load("glyphs", "train")
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What a copy of the package says of its archive: for each damage, and for each file missing.
+
+    The pickled archive has a checksum that agrees with it.
+    """
+    root = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(PACKAGE, root / "memmeta", ignore=shutil.ignore_patterns("__pycache__"))
+    whole = {name: (PACKAGE / FILES / name).read_bytes() for name in MISSING}
+    cases = {name: whole | {"glyphs.npz": f(whole["glyphs.npz"])} for name, f in DAMAGES.items()}
+    digest = hashlib.sha256(cases["pickled"]["glyphs.npz"]).hexdigest()
+    cases["pickled"]["glyphs.sha256"] = digest.encode()
+    cases |= {name: {n: c for n, c in whole.items() if n != name} for name in MISSING}
+    for case, contents in cases.items():
+        for name, content in contents.items():
+            path = root / "cases" / case / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    (root / "program.py").write_text(PROGRAM)  # a script imports what lies beside it
+    command = [sys.executable, str(root / "program.py")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(said.stdout)
 
 
-def test_pickled_objects_are_never_loaded(tmp_path):
-    np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object))
-    digest = hashlib.sha256((tmp_path / "objects.npz").read_bytes()).hexdigest()
-    (tmp_path / "objects.sha256").write_text(digest)
-    with pytest.raises(DataError, match="no archive of plain arrays"):
-        archive.read_archive("objects", tmp_path)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit altered"])
+def test_damaged_archive_is_refused(refusals, damage):
+    assert re.search(r"^glyphs: .* truncated or altered.*reinstall", refusals[damage])
+    assert "\n" not in refusals[damage]
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_missing_file_is_named(refusals, missing):
+    assert re.search(rf"^glyphs: cannot read .*{missing}.*reinstall", refusals[missing])
+
+
+def test_pickled_objects_are_never_loaded(refusals):
+    assert "no archive of plain arrays" in refusals["pickled"]

@@ -17,9 +17,8 @@ from jaxtyping import Array, Float, Int32, Key
 
 import memmeta as mm
 from benchmarks.accuracy import regression
-from benchmarks.accuracy.settings import Preset, Setting, Sizes, make_learner, recipe_of
+from benchmarks.accuracy.settings import Preset, Setting, Sizes, Split, make_learner, recipe_of
 from benchmarks.harness.programs import compiled, temporary_megabytes
-from memmeta.data import Split
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import confidence_interval

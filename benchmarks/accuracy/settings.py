@@ -15,11 +15,13 @@ import optax
 
 import memmeta as mm
 from benchmarks.accuracy import regression
-from memmeta.data import Dataset, Split
+from memmeta.data import Dataset
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import METHODS, Learner
 from memmeta.models import conv4, mlp
 
+Split: TypeAlias = Any
+"""What `memmeta.data.load` returns: a `Dataset`, or a family of curves."""
 Preset: TypeAlias = Literal["tuned", "authors", "same_inner"]
 CURVES = ("tides", "sinusoid")
 

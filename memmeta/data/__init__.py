@@ -6,11 +6,10 @@ from memmeta.data._dataset import DataError, Dataset
 from memmeta.data._episodes import Episodes
 from memmeta.data._host import HostDataset, HostEpisodes
 from memmeta.data._reading import Limits, Reading
-from memmeta.data._registry import SOURCES, Sampler, Split, load, load_host, sampler
+from memmeta.data._registry import load, load_host, sampler
 from memmeta.data._warp import Warp
 
 __all__ = [
-    "SOURCES",
     "Augmentation",
     "DataError",
     "Dataset",
@@ -20,8 +19,6 @@ __all__ = [
     "Limits",
     "Points",
     "Reading",
-    "Sampler",
-    "Split",
     "Warp",
     "load",
     "load_host",

@@ -16,8 +16,8 @@ from memmeta.data._warp import Warp
 class Augmentation:
     """What is done to every image of an episode, each drawn by itself.
 
-    Rotations as classes of their own are no augmentation of a sampled image but more classes:
-    `memmeta.data.with_rotations`.
+    Rotations as classes of their own, as `load("omniglot", ...)` has them, are no augmentation of a
+    sampled image but more classes.
 
     Args:
         warp: turned, stretched, sheared and shifted first; None leaves the image as it is.

@@ -79,6 +79,15 @@ def with_rotations(dataset: HostDataset) -> HostDataset:
 
     Returns:
         The data set with four times the classes, in memory.
+
+    Example:
+        >>> images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
+        >>> letters = Dataset.from_arrays(images, ["a", "b", "a"])
+        >>> turned = with_rotations(on_host(letters)).to_device()
+        >>> turned.class_names[:4], turned.count.tolist()
+        (('a 0°', 'b 0°', 'a 90°', 'b 90°'), [2, 1, 2, 1, 2, 1, 2, 1])
+        >>> images[2, ..., 0].tolist(), turned.inputs[2, 1, ..., 0].tolist()
+        ([[8, 9], [10, 11]], [[9, 11], [8, 10]])
     """
     rows = np.concatenate([np.rot90(dataset.rows, turn, axes=(1, 2)) for turn in range(4)])
     index, names = dataset.index, dataset.index.class_names

@@ -2,9 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
-
-from jaxtyping import Array, Int, PRNGKeyArray
+from typing import NamedTuple, TypeAlias
 
 from memmeta.data import _emoji as emoji
 from memmeta.data import _folders as folders
@@ -20,7 +18,6 @@ from memmeta.data._dataset import DataError, Dataset
 from memmeta.data._episodes import Episodes
 from memmeta.data._host import HostDataset, HostEpisodes, on_host
 from memmeta.data._reading import Reading
-from memmeta.problem import Task
 
 Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
 """One split of a data set: classes of examples, or a family of curves."""
@@ -57,28 +54,16 @@ SOURCES = [
 """Every data set, by name; adding one is one file and one line here."""
 
 
-@runtime_checkable
-class Sampler(Protocol):
-    """What draws the tasks of a data set; `Episodes`, `Points`, `HostEpisodes`."""
-
-    def check(self, dataset: Split) -> None:
-        """Raise `DataError` if such tasks cannot be drawn from the data."""
-        ...
-
-    def sample_batch(
-        self, dataset: Split, key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
-    ) -> Task:
-        """Draw tasks number `first` to `first + tasks - 1` of the list that `key` names."""
-        ...
-
-
 def load(
     name: str, split: str, data_dir: str | Path | None = None, reading: Reading = Reading()
 ) -> Split:
     """Load one split of a data set onto the default device.
 
     Args:
-        name: the data set's name, one of those in `SOURCES`.
+        name: the data set's name: "glyphs", "emoji", "tides" and "sinusoid" need no files;
+            "omniglot", "omniglot_alphabets", "cifar_fs", "fc100" and "tfds:NAME" are downloaded;
+            "mini_imagenet", "tiered_imagenet", "folder", "folder:SEED" and "npz" are files in
+            `data_dir`.
         split: "train", "validation" or "test"; no class is in two splits.
         data_dir: the folder of data sets that are not embedded in the package.
         reading: how image files are read, and what they may ask of the machine.

@@ -64,7 +64,13 @@ def features_of(
 
 
 def check_statistics(statistics: Any) -> None:
-    """Refuse what is none of `Statistics`."""
+    """Refuse what is none of `Statistics`.
+
+    Example:
+        >>> check_statistics("running")
+        Traceback (most recent call last):
+        ValueError: statistics: expected one of 'transductive', 'support', 'separate'...
+    """
     _checks.one_of("statistics", statistics, get_args(Statistics))
 
 

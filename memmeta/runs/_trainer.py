@@ -21,11 +21,11 @@ from memmeta.data import (
     HostEpisodes,
     Limits,
     Reading,
-    Split,
     load,
     load_host,
 )
 from memmeta.data._reading import Progress, silent
+from memmeta.data._registry import Split
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._evaluation import Interval, confidence_interval

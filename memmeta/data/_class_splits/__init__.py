@@ -49,6 +49,12 @@ class ClassSplit:
         Raises:
             DataError: a class that the list names is not there, or has too many examples; or one
                 is there that it does not name.
+
+        Example:
+            >>> pets = ClassSplit("pets", {"cat": "train", "cow": "test"}, {}, False, None)
+            >>> pets.divide([ClassItems(name, "", [0]) for name in ("cat", "cow", "dog")])
+            Traceback (most recent call last):
+            memmeta.data._dataset.DataError: pets: the published split does not name 'dog'
         """
         splits: dict[str, list[ClassItems]] = {split: [] for split in SPLITS}
         missing, unnamed = set(self.labels or self.split_of), []
@@ -163,6 +169,9 @@ def drawn_split(
         >>> classes = [ClassItems(letter, "", ()) for letter in "abcdefghij"]
         >>> {split: len(found) for split, found in drawn_split(classes, 0, 6, 2).items()}
         {'train': 6, 'validation': 2, 'test': 2}
+        >>> few = drawn_split(classes[:3], 0, 50, 50)
+        >>> [len(found) for found in few.values()], few == drawn_split(classes[2::-1], 0, 0, 0)
+        ([1, 1, 1], True)
     """
     if len(classes) < len(SPLITS):
         raise DataError(f"found {len(classes)} classes, expected at least {len(SPLITS)}")
