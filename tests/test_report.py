@@ -12,7 +12,7 @@ import pytest
 
 from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
-from memmeta.runs.report import judge, judge_all, write
+from memmeta.runs.report import judge_all, write
 from memmeta.runs.report._charts import in_page_colours
 from memmeta.runs.report._judge import probabilities
 from memmeta.runs.report._page import html
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(run):
-    return judge(run, "first", episodes=2)
+    return judge_all([run], episodes=2)[0]
 
 
 def test_the_page_shows_the_run(run, judged, tmp_path):
