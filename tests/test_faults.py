@@ -258,10 +258,16 @@ def test_strict_stops_and_keeps_what_went_wrong(tmp_path, capsys):
     assert batch["support_inputs"].shape == (2, 2, 28, 28, 1)
 
 
-def test_without_strict_the_same_run_ends_and_counts(tmp_path):
+@pytest.mark.parametrize(
+    ("rate", "code", "words"), [("1e3", 0, ""), ("1e30", 1, "no task was usable, so nothing was")]
+)
+def test_without_strict_such_a_run_goes_to_its_end_and_counts(rate, code, words, tmp_path, capsys):
     path = tmp_path / "lenient"
-    assert main(["train", "--run", str(path), *TINY, *FIXED, "--meta-steps=2"]) == 0
+    options = [*TINY, *FIXED, f"--inner-rate={rate}", "--meta-steps=2"]
+    assert main(["train", "--run", str(path), *options]) == code
+    assert words in capsys.readouterr().err
     found = lines(path)
+    assert found["step"].tolist() == [1, 2]
     assert (found["masked"] + found["diverging"] > 0).all()
     assert all(np.isfinite(leaf).all() for leaf in final_state(path))
 
