@@ -12,8 +12,7 @@ import pytest
 
 from memmeta.__main__ import main
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
-from memmeta.runs import Config, RunFolder, checkpoints, make_trainer
-from memmeta.runs._compiled import use_compilation_cache
+from memmeta.runs import Config, RunFolder, checkpoints, make_trainer, new_run
 
 SMALL = [
     *(
@@ -156,11 +155,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_folder_in_use(run, capsys):
-    from memmeta.runs import old_run
-
-    with old_run(run):
-        assert main(["train", "--run", str(run), "--resume"]) == 1
+def test_a_folder_in_use(tmp_path, capsys):
+    with new_run(tmp_path / "run", Config()):
+        assert main(["train", "--run", str(tmp_path / "run"), "--resume"]) == 1
     assert "in use by another process" in last_line(capsys)
 
 
@@ -218,9 +215,14 @@ def cache_option(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+def any_command(folder):
+    """A command that ends at once; like all of them it first says where compiled programs are."""
+    assert main(["evaluate", str(folder / "no run")]) == 1
+
+
 def test_compiled_programs_are_private(cache_option, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    use_compilation_cache()
+    any_command(tmp_path)
     folder = tmp_path / "memmeta" / "compiled"
     assert cache_option() == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -265,12 +267,12 @@ KINDS += [of_another] if os.geteuid() == 0 else []
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_programs_of_others_are_not_run(kind, cache_option, tmp_path, monkeypatch, caplog):
+def test_programs_of_others_are_not_run(kind, cache_option, tmp_path, monkeypatch, capsys):
     (tmp_path / "place").mkdir()
     message = kind(tmp_path / "place", monkeypatch)
-    use_compilation_cache()
+    any_command(tmp_path)
     assert cache_option() is None
-    assert message in caplog.text
+    assert message in capsys.readouterr().err
 
 
 def test_a_relative_cache_counts_as_not_set(cache_option, tmp_path, monkeypatch):
@@ -279,9 +281,9 @@ def test_a_relative_cache_counts_as_not_set(cache_option, tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", ".")
     (tmp_path / "home").mkdir()
-    use_compilation_cache()
+    any_command(tmp_path)
     assert cache_option() == str(tmp_path / "home" / ".cache" / "memmeta" / "compiled")
     monkeypatch.setenv("HOME", "here")
-    use_compilation_cache()
+    any_command(tmp_path)
     assert cache_option() is None
     assert not list((tmp_path / "stranger").iterdir())

@@ -1,15 +1,15 @@
 """TensorBoard events: the figures of the metrics file, once a step, whatever was made twice."""
 
-import math
+import json
+import signal
 import struct
+import sys
 
-import pytest
+import numpy as np
 from tensorboardX.proto.event_pb2 import Event
+from test_faults import QUICK, TINY, line_count, start, wait_for_lines
 
 from memmeta.__main__ import main
-from memmeta.runs import UserError
-from memmeta.runs import _events as events
-from memmeta.runs import _processes as processes
 
 
 def records(path):
@@ -22,10 +22,15 @@ def records(path):
     return found
 
 
+def event_files(folder):
+    """The files of events, the oldest first."""
+    return sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+
+
 def shown(folder):
     """(step, name) -> value, as TensorBoard reads a folder: a start hides what came after it."""
     found = {}
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+    for path in event_files(folder):
         for event in records(path):
             if event.HasField("session_log"):
                 found = {key: value for key, value in found.items() if key[0] < event.step}
@@ -35,45 +40,61 @@ def shown(folder):
     return found
 
 
-def test_every_figure_that_is_a_number_is_written(tmp_path):
-    with events.written(tmp_path) as write:
-        write({"step": 2, "loss": 1.5, "masked": 0, "error_bound": None, "curvature": math.inf})
-        write({"step": 4, "loss": 0.5, "masked": 1, "error_bound": math.nan, "curvature": 0.25})
-    assert shown(tmp_path) == {
-        (2, "loss"): 1.5,
-        (2, "masked"): 0,
-        (4, "loss"): 0.5,
-        (4, "masked"): 1,
-        (4, "curvature"): 0.25,
+def figures(folder):
+    """(step, name) -> value of the metrics file, null where it was no finite number."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {
+        (line["step"], name): value
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
     }
 
 
+def finite(found):
+    """Those figures that are numbers, as an event holds them."""
+    return {key: float(np.float32(value)) for key, value in found.items() if value is not None}
+
+
+def trained(folder, *options):
+    assert main(["train", "--run", str(folder), "--devices=1", "--tensorboard", *options]) == 0
+
+
+def test_every_figure_that_is_a_number_is_written(tmp_path):
+    trained(tmp_path / "run", *TINY, "--inner-steps=0", "--cg-steps=2", "--meta-steps=2")
+    found = figures(tmp_path / "run")
+    assert None in found.values()  # a loop of no steps has met no gradient
+    assert {(1, "loss"), (2, "masked"), (2, "validation_accuracy")} <= found.keys()
+    assert shown(tmp_path / "run") == finite(found)
+
+
 def test_a_log_point_is_on_the_disk_before_the_next(tmp_path):
-    with events.written(tmp_path) as write:
-        write({"step": 2, "loss": 1.5})
-        assert shown(tmp_path) == {(2, "loss"): 1.5}
+    path = tmp_path / "run"
+    process = start(path, "--tensorboard", steps=3000)
+    wait_for_lines(path, process, 3)
+    process.send_signal(signal.SIGSTOP)
+    written, done = shown(path), line_count(path)
+    process.kill()
+    process.communicate()
+    assert done >= 3
+    assert {step for step, _ in written} >= set(range(1, done))
 
 
 def test_what_a_resumed_run_makes_again_counts_once(tmp_path):
-    with events.written(tmp_path) as write:
-        for step in (2, 4, 6):
-            write({"step": step, "loss": float(step)})
-    with events.written(tmp_path) as write:
-        write({"step": 4, "loss": 40.0})
-    assert shown(tmp_path) == {(2, "loss"): 2.0, (4, "loss"): 40.0}
-
-
-def test_a_later_process_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "is_first", lambda: False)
-    with events.written(tmp_path) as write:
-        write({"step": 2, "loss": 1.5})
-    assert not list(tmp_path.iterdir())
+    path = tmp_path / "run"
+    trained(path, *TINY, *QUICK, "--meta-steps=6")
+    for step in (4, 6):
+        (path / "checkpoints" / f"{step:08d}.json").unlink()
+    trained(path, "--resume")
+    first, second = (
+        {event.step for event in records(file) if event.summary.value} for file in event_files(path)
+    )
+    assert first & second == {3, 4, 5, 6}
+    assert shown(path) == finite(figures(path))
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(events, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="tensorboardX"):
-        events.require()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert main(["train", "--tensorboard", "--run", str(tmp_path / "run")]) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "pip install 'memmeta[tensorboard]'" in line

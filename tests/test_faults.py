@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,7 @@ from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
 from memmeta.__main__ import main
-from memmeta.meta import _mesh as devices
-from memmeta.runs import Config, RunFolder, UserError, check_room, checkpoints, make_trainer
-from memmeta.runs import _devices as run_devices
+from memmeta.runs import RunFolder, checkpoints, make_trainer
 
 TINY = [
     *("--ways=2", "--queries=1", "--test-queries=1", "--width=2", "--tasks=2", "--log-every=1"),
@@ -235,7 +235,7 @@ def test_a_checkpoint_is_read_on_another_number_of_devices(tmp_path):
             mm.InnerLoop(steps=2),
             mm.hypergradient.implicit(),
             optax.adam(0.1),
-            mesh=devices.task_mesh(jax.devices()[:count]),
+            mesh=mm.meta.task_mesh(jax.devices()[:count]),
         )
         return step, step.init(jnp.linspace(0.0, 1.0, 4))
 
@@ -258,10 +258,16 @@ def test_strict_stops_and_keeps_what_went_wrong(tmp_path, capsys):
     assert batch["support_inputs"].shape == (2, 2, 28, 28, 1)
 
 
-def test_without_strict_the_same_run_ends_and_counts(tmp_path):
+@pytest.mark.parametrize(
+    ("rate", "code", "words"), [("1e3", 0, ""), ("1e30", 1, "no task was usable, so nothing was")]
+)
+def test_without_strict_such_a_run_goes_to_its_end_and_counts(rate, code, words, tmp_path, capsys):
     path = tmp_path / "lenient"
-    assert main(["train", "--run", str(path), *TINY, *FIXED, "--meta-steps=2"]) == 0
+    options = [*TINY, *FIXED, f"--inner-rate={rate}", "--meta-steps=2"]
+    assert main(["train", "--run", str(path), *options]) == code
+    assert words in capsys.readouterr().err
     found = lines(path)
+    assert found["step"].tolist() == [1, 2]
     assert (found["masked"] + found["diverging"] > 0).all()
     assert all(np.isfinite(leaf).all() for leaf in final_state(path))
 
@@ -365,23 +371,34 @@ def test_a_loop_of_no_steps_does_not_diverge():
     assert int(metrics.counts.diverging) == 0
 
 
-def test_what_does_not_fit_is_said_before_it_starts(monkeypatch):
-    config = Config(ways=2, queries=1, width=2, tasks=4, inner_steps=1, cg_steps=1, task_chunk=4)
-    trainer = make_trainer(config)
-    block = trainer.compile()
-    needed = run_devices.needed_bytes(block.program)
-    check_room(trainer, block)
-    monkeypatch.setattr(run_devices, "free_bytes", lambda: needed - 1)
-    with pytest.raises(UserError, match=r"--task-chunk [12] would need about"):
-        check_room(trainer, block)
-    monkeypatch.setattr(run_devices, "free_bytes", lambda: 1000)
-    with pytest.raises(UserError, match="with --task-chunk 1 it would still need"):
-        check_room(trainer, block)
+def test_what_does_not_fit_is_said_before_it_starts(tmp_path, monkeypatch, capsys):
+    options = [*TINY, "--tasks=4", "--task-chunk=4", "--inner-steps=1", "--cg-steps=1"]
+    options = ["--run", str(tmp_path / "run"), "--devices=1", "--meta-steps=0", *options]
+
+    def gigabytes(free):
+        """The figures of what a run says on a machine of that much memory, and the words."""
+        machine = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": round(free * 1e9)}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sysconf", machine.__getitem__)
+            assert main(["train", *options]) == 1
+        said = capsys.readouterr().err
+        return [float(figure) for figure in re.findall(r"([\d.e-]+) GB", said)], said
+
+    (needed, _, smallest), said = gigabytes(1e-6)
+    assert "with --task-chunk 1 it would still need" in said
+    (again, _, fits), said = gigabytes(0.99 * needed)
+    assert again == needed
+    assert re.search("--task-chunk [12] would need about", said)
+    assert smallest <= fits < needed
+    assert not (tmp_path / "run").exists()
+    assert main(["train", *options]) == 0
 
 
 def test_a_long_run_keeps_nothing(tmp_path):
+    adam = optax.adam(1e-3)
+    traced_twice = adam._replace(update=chex.assert_max_traces(adam.update, n=2))
     step = mm.make_meta_step(
-        quadratic_problem(), mm.InnerLoop(steps=2), mm.hypergradient.implicit(), optax.adam(1e-3)
+        quadratic_problem(), mm.InnerLoop(steps=2), mm.hypergradient.implicit(), traced_twice
     )
     tasks = quadratic_tasks(jax.random.key(0))
     state = step.init(jnp.ones(4))
@@ -399,7 +416,6 @@ def test_a_long_run_keeps_nothing(tmp_path):
     later_memory, later_files = used()
     assert later_memory - memory < 20e6
     assert later_files <= files + 2
-    assert step.compiled._cache_size() <= 2
     assert json.loads((tmp_path / "00000500.json").read_text())
 
 

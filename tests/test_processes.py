@@ -12,9 +12,10 @@ import pytest
 from test_faults import QUICK, TINY, final_state, line_count, lines, start_with, wait_for_lines
 
 from memmeta.__main__ import main
-from memmeta.runs import _processes as processes
 from memmeta.runs import checkpoints
 
+COUNTED_BY = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+"""Where launchers say how many processes a run has."""
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
@@ -34,11 +35,14 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
-    process = start_with(tmp_path / "two", *TINY, *QUICK, "--meta-steps=4", "--processes=2")
+    options = [*TINY, *QUICK, "--meta-steps=4", "--processes=2", "--tensorboard"]
+    process = start_with(tmp_path / "two", *options)
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert_close(alone, tmp_path / "two")
     assert checkpoints.whole(tmp_path / "two" / "checkpoints") == [4, 2]
+    (events,) = (tmp_path / "two").glob("events.out.tfevents.*")  # the first process writes
+    assert events.stat().st_size > 0
 
 
 @pytest.mark.slow
@@ -132,17 +136,21 @@ def children_of(pid):
         ),
     ],
 )
-def test_variables_that_do_not_fit_are_named(monkeypatch, variables, message):
+def test_variables_that_do_not_fit_are_named(tmp_path, monkeypatch, capsys, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert processes.launched()
-    with pytest.raises(ValueError, match=message):
-        processes.join()
+    assert main(["train", "--run", str(tmp_path / "run"), *TINY, *QUICK]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_one_process_is_not_launched(monkeypatch):
-    for name in processes.COUNTED_BY:
-        monkeypatch.delenv(name, raising=False)
-    assert not processes.launched()
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert not processes.launched()
+@pytest.mark.parametrize("count", [None, "1"])
+@pytest.mark.parametrize("name", COUNTED_BY)
+def test_one_process_is_not_launched(name, count, tmp_path, monkeypatch, capsys):
+    """It waits for no other one: all that is wrong with this run is its tasks."""
+    for other in COUNTED_BY:
+        monkeypatch.delenv(other, raising=False)
+    if count is not None:
+        monkeypatch.setenv(name, count)
+    assert main(["train", "--run", str(tmp_path / "run"), *TINY, *QUICK, "--shots=30"]) == 1
+    assert "shots=30" in capsys.readouterr().err

@@ -1,12 +1,9 @@
 """What a person sees of a run: plain lines in a file, a bar in a terminal and in a notebook."""
 
-import io
-
 import nbformat
 from nbclient import NotebookClient
-from rich.console import Console
 
-from memmeta.runs import _progress as progress
+from memmeta.runs import shown
 
 FIRST = {"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0, "masked": 0}
 TROUBLE = "2 of 32 tasks left out: 2 whose data are not finite (look at the tasks)"
@@ -16,23 +13,26 @@ SAID = "query loss 0.500, accuracy 90.0 %, 31 tasks/s"
 JUDGED = f"{SAID}, {TROUBLE}, validation 80.0 ± 2.0 %"
 
 
-def printed(monkeypatch, **options):
-    """All that a run of two log points prints on such a console."""
-    text = io.StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=text, width=200, **options))
-    with progress.shown(40) as show:
+def printed(capsys):
+    """All that a run of two log points prints."""
+    with shown(40) as show:
         show(FIRST)
         show(LAST)
-    return text.getvalue()
+    return capsys.readouterr().out
 
 
-def test_a_log_file_gets_one_plain_line_a_log_point(monkeypatch):
-    lines = printed(monkeypatch).splitlines()
-    assert lines == [f"meta-step 20/40: {SAID}", f"meta-step 40/40: {JUDGED}"]
+def test_a_log_file_gets_one_plain_line_a_log_point(capsys):
+    assert printed(capsys).splitlines() == [
+        f"meta-step 20/40: {SAID}",
+        f"meta-step 40/40: {JUDGED}",
+    ]
 
 
-def test_a_terminal_gets_a_bar_and_keeps_what_was_judged(monkeypatch):
-    text = printed(monkeypatch, force_terminal=True, color_system=None)
+def test_a_terminal_gets_a_bar_and_keeps_what_was_judged(monkeypatch, capsys):
+    # rich reads these: what captures the output passes for a terminal of that width
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+    text = printed(capsys)
     assert "40/40" in text
     assert f"meta-step 40: {JUDGED}" in text
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from html import unescape
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,7 @@ import pytest
 
 from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
-from memmeta.runs.report import judge, judge_all, write
-from memmeta.runs.report._charts import in_page_colours
-from memmeta.runs.report._judge import probabilities
-from memmeta.runs.report._page import html
-from memmeta.runs.report._remarks import remarks
+from memmeta.runs.report import judge_all, write
 
 SMALL = [
     "--ways=3",
@@ -43,7 +40,19 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(run):
-    return judge(run, "first", episodes=2)
+    return judge_all([run], episodes=2)[0]
+
+
+def page_of(found, folder):
+    """The text of the page that shows those runs."""
+    write(found, folder / "report.html", episodes=2)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def remarks_on(found, folder):
+    """What the page says in words about the health of one run."""
+    said = re.search('<ul class="remarks">(.*?)</ul>', page_of([found], folder))[1]
+    return [unescape(remark) for remark in re.findall("</span>: (.*?)</li>", said)]
 
 
 def test_the_page_shows_the_run(run, judged, tmp_path):
@@ -71,20 +80,15 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
 
 
 def test_the_page_needs_no_network(judged, tmp_path):
-    page = tmp_path / "report.html"
-    write([judged], page, episodes=2)
-    text = page.read_text(encoding="utf-8")
+    text = page_of([judged], tmp_path)
     addresses = set(re.findall(r"(?:src|href|url)[=(]\"?([^\s\")]+)", text))
     assert all(a.startswith(("data:", "#")) for a in addresses), addresses
     assert "<script" not in text
     assert "prefers-color-scheme: dark" in text
 
 
-def test_names_inside_the_page_are_its_own(judged):
-    from memmeta.runs.report._charts import charts
-
-    sections = charts([judged], 2)
-    text = html([judged], sections)
+def test_names_inside_the_page_are_its_own(judged, tmp_path):
+    text = page_of([judged], tmp_path)
     names = re.findall(r' id="([^"]+)"', text)
     assert len(names) == len(set(names))
     assert set(re.findall(r'href="#([^"]+)"', text)) <= set(names)
@@ -92,8 +96,7 @@ def test_names_inside_the_page_are_its_own(judged):
 
 def test_runs_stand_side_by_side(judged, tmp_path):
     other = dataclasses.replace(judged, name="<second>")
-    write([judged, other], tmp_path / "both.html", episodes=2)
-    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    text = page_of([judged, other], tmp_path)
     assert "<title>memmeta: first and &lt;second&gt;</title>" in text
     assert "<second>" not in text
     assert "var(--run-1)" in text
@@ -105,8 +108,7 @@ def test_a_run_that_has_just_begun_is_shown(run, tmp_path):
     shutil.copy(run / "config.json", begun)
     (found,) = judge_all([begun], episodes=2)
     assert found.step is None
-    write([found], tmp_path / "begun.html", episodes=2)
-    assert "no log point yet" in (tmp_path / "begun.html").read_text(encoding="utf-8")
+    assert remarks_on(found, tmp_path) == ["no log point yet"]
 
 
 def test_folders_of_one_name_are_told_apart(run, tmp_path):
@@ -127,31 +129,30 @@ def test_probabilities_are_those_of_the_head(run, judged):
     context = problem.embed(state.meta_params, task)
     params = trainer.learner.inner(problem, problem.init(state.meta_params), context)
     logits = context.query_features @ params["kernel"] + params["bias"]
-    found = probabilities(trainer.learner, state.meta_params, task, params, ways=3)
-    np.testing.assert_allclose(found, jax.nn.softmax(logits), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(judged.episode.after, found, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(judged.episode.after, jax.nn.softmax(logits), rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(judged.episode.before, 1 / 3, rtol=1e-4)
 
 
-def test_remarks_say_what_went_wrong(judged):
-    assert remarks(judged) == [
+def test_remarks_say_what_went_wrong(judged, tmp_path):
+    assert remarks_on(judged, tmp_path) == [
         "nothing unusual: every task was finite, and every linear system was solved"
     ]
     unsolved = judged.lines[-1] | {"linear_iterations": 0.0}
-    said = remarks(dataclasses.replace(judged, lines=[unsolved]))
+    said = remarks_on(dataclasses.replace(judged, lines=[unsolved]), tmp_path)
     assert said == ["nothing unusual: every task was finite"]
     line = judged.lines[-1] | {"masked": 3, "linear_residual": 0.5}
     best = line | {"validation_accuracy": 0.9, "validation_interval": 0.01}
     last = line | {"step": 3, "validation_accuracy": 0.2, "validation_interval": 0.01}
-    said = " ".join(remarks(dataclasses.replace(judged, lines=[best, last])))
+    said = " ".join(remarks_on(dataclasses.replace(judged, lines=[best, last]), tmp_path))
     assert "6 tasks were not finite" in said
     assert "left 50 % of its right-hand side" in said
     assert "fell from 90.0 % at meta-step 2 to 20.0 %" in said
 
 
-def test_drawings_take_the_colours_of_the_page():
-    svg = '<?xml?><svg width="3pt" height="2pt" viewBox="0 0 3 2"><g id="a" fill="#1d2430"/></svg>'
-    found = in_page_colours(svg, "loss")
-    assert 'id="loss-a"' in found
-    assert "var(--ink)" in found
-    assert "pt" not in found
+def test_drawings_take_the_colours_of_the_page(judged, tmp_path):
+    drawings = re.findall("<svg .*?</svg>", page_of([judged], tmp_path), flags=re.DOTALL)
+    assert len(drawings) > 3
+    for drawing in drawings:
+        assert "var(--ink)" in drawing
+        assert "#1d2430" not in drawing
+        assert not re.match('<svg [^>]*(width|height)="', drawing)

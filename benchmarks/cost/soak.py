@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import show, write
-from memmeta.runs import Config, Interrupted, make_trainer, new_run, train
+from memmeta.runs import Config, make_trainer, new_run, train
 
 SIZES: dict[str, Any] = {"ways": 2, "queries": 2, "width": 4, "tasks": 2, "log_every": 50}
 SMALL = Config(**SIZES, inner_steps=5, cg_steps=5, meta_steps=2**31 - 1, checkpoint_every=500)
@@ -33,6 +33,10 @@ GROWTH = 4.0
 LEFT = 0.1
 """Megabytes a checkpoint may leave: at each save orbax reads tensorstore's counters, whose lists
 tensorstore (0.1.86) never frees."""
+
+
+class TimeIsOver(Exception):
+    """Ends the run from inside."""
 
 
 class Watch:
@@ -74,7 +78,7 @@ class Watch:
             }
         )
         if passed >= self.seconds:
-            raise Interrupted("the time is over")
+            raise TimeIsOver
 
 
 def verdict(samples: list[dict[str, float]]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def main(arguments: list[str] | None = None) -> bool:
     config = replace(SMALL, checkpoint_every=options.checkpoint_every)
     trainer = make_trainer(config)
     block, watch = trainer.compile(), Watch(60 * options.minutes, config.checkpoint_every)
-    with new_run(options.out / "run", config) as folder, contextlib.suppress(Interrupted):
+    with new_run(options.out / "run", config) as folder, contextlib.suppress(TimeIsOver):
         train(trainer, block, folder, resume=False, show=watch)
     samples = watch.samples
     shown = np.unique(np.linspace(0, len(samples) - 1, 11).astype(int))

@@ -126,7 +126,7 @@ def bound(deviations: Deviations, distance: Scalar, residual: Scalar) -> Certifi
         residual: ‖r‖.
 
     Returns:
-        The `Certificate`, rigorous up to rounding.
+        The certificate, rigorous up to rounding.
     """
     d = deviations
     inner = d.outer_context + d.mixed + d.hessian + d.sensitivity * d.outer_params
@@ -147,7 +147,9 @@ def certify(problem: Problem, params: Params, solution: Params, context: Context
         context: of the task.
 
     Returns:
-        The `Certificate` in context space (in θ where `Deviations.embedding` says so).
+        `total`, the bound on ‖∇̂F_i − ∇F_i‖ in context space (in θ where `Deviations.embedding` says
+        so); its two parts `inner`, of the inner loop that stopped early, and `linear`, of the
+        linear solve; `distance`, the bound on ‖φ̂ − φ*‖; `rigorous`, True.
 
     Raises:
         ValueError: the problem gives no μ or no deviations.

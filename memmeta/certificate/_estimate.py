@@ -172,7 +172,8 @@ def estimate(
         steps: of Lanczos and of the power iteration.
 
     Returns:
-        The `Certificate`, marked as not rigorous; infinite where the curvature is not positive.
+        As `certify` returns it, with `rigorous` False; infinite where the curvature
+        is not positive.
 
     Example:
         >>> problem = Problem(

@@ -1,7 +1,7 @@
 """Hypergradient estimators: one file each, all called in the same way."""
 
 from memmeta.hypergradient._catalogue import ESTIMATORS
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
+from memmeta.hypergradient._estimator import TaskGradient, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile
@@ -12,14 +12,7 @@ from memmeta.hypergradient._implicit_solution import implicit_solution
 from memmeta.hypergradient._mixed_mode import mixed_mode
 from memmeta.hypergradient._perturbed import perturbed
 from memmeta.hypergradient._sample_space import sample_space
-from memmeta.hypergradient._seam import (
-    Chunk,
-    Estimator,
-    Hypergradient,
-    Memory,
-    Report,
-    scheduled,
-)
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Report, scheduled
 from memmeta.hypergradient._truncated import truncated
 from memmeta.hypergradient._unrolled import unrolled
 
@@ -28,10 +21,8 @@ __all__ = [
     "Chunk",
     "Estimator",
     "Hypergradient",
-    "Memory",
     "Report",
     "TaskGradient",
-    "TaskStart",
     "evolution_strategies",
     "finite_difference",
     "first_order",

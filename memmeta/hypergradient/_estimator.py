@@ -122,11 +122,14 @@ def per_task(
       (w_1 \bar c_1 \dots w_n \bar c_n, \textstyle\sum_i w_i \bar\phi_{0,i})$$
 
     Args:
-        rule: for one task.
+        rule: (problem, inner, begin) -> `TaskGradient`, for one task. Of it `begin` has φ₀ as
+            `params`, the `context` (a `SplitContext` of the leaves that θ reaches and the others),
+            a `key` for inner solvers that draw, and as `guess` v̂ of the last meta-step, None
+            without a warm start.
         name: of the estimator, for errors.
         seen: what the rule differentiates; meta-parameters on which none of that depends are
             refused.
-        remembers: whether the rule can start from a `Memory`, and gives one back.
+        remembers: whether the rule can start from φ̂ and v̂ of the last meta-step, and returns both.
 
     Returns:
         The estimator.

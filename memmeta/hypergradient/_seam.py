@@ -71,7 +71,8 @@ class Chunk(NamedTuple):
         numbers: [tasks] which tasks of the meta-step these are.
         key: the meta-step's key, the same for all chunks, so that chunking changes no draw.
         step: the meta-step's number.
-        memory: what the estimator returned for the same tasks last time; None starts afresh.
+        memory: what the estimator returned for the same tasks last time: `params` φ̂_i, where the
+            inner loops start, and `solution` v̂_i, where the linear solves do; None starts afresh.
     """
 
     tasks: Batch
@@ -115,7 +116,7 @@ class Hypergradient(NamedTuple):
         loss: [tasks] f_i.
         aux: the outer losses' auxiliary outputs, each with a leading axis of tasks.
         report: see `Report`, each entry [tasks].
-        memory: of each task, where the chunk had one.
+        memory: φ̂_i and v̂_i of each task, as in `Chunk`, where that had one.
     """
 
     gradient: MetaParams

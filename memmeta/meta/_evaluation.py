@@ -45,7 +45,9 @@ def evaluate(
         key: for inner solvers that draw; default `jax.random.key(0)`.
 
     Returns:
-        The `Evaluation`.
+        Figures task by task: `loss`, [tasks] f_i(φ_K); `aux`, the outer loss's auxiliary outputs,
+        each [tasks, ...]; `usable`, [tasks] whether the loss is finite: leave the others out of
+        averages, and say so.
 
     Example:
         >>> import memmeta as mm
@@ -96,7 +98,7 @@ def confidence_interval(values: Float[Array, " tasks"] | Float[np.ndarray, " tas
         values: one figure per task, at least two.
 
     Returns:
-        The interval.
+        The interval: its `mean` and `half_width`, two numbers; `str` writes mean ± half-width.
 
     Raises:
         ValueError: fewer than two values.

@@ -81,7 +81,9 @@ class Metrics(NamedTuple):
         gradient_norm: ‖(1/n) Σ_i ∇F_i‖.
         used: tasks that took part.
         counts: see `Counts`.
-        tasks: the same figures task by task (None in means over several meta-steps).
+        tasks: the same figures task by task, each with a leading axis of tasks: `loss`, `aux`,
+            `report`, `usable` (whether the task took part in the averages) and `finite_inputs`
+            (whether its own data are finite). None in means over several meta-steps.
     """
 
     loss: Scalar
@@ -232,7 +234,7 @@ def guard(factor: float = 1000.0) -> Guard:
         factor: more than this many times the running mean of ‖∇F‖ is unusual.
 
     Returns:
-        The guard, for `make_meta_step`.
+        The guard, for `make_meta_step`; its `factor` can be read.
 
     Raises:
         ValueError: `factor` is no finite number above 1.

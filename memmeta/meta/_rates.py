@@ -96,7 +96,12 @@ def propose(problem: Problem, meta_params: MetaParams, tasks: Batch, accuracy: f
         accuracy: ε > 0.
 
     Returns:
-        The `Proposal`; its numbers are as good as its constants are along the whole run.
+        Settings that `print` shows: `inner_rate` 1/L, `inner_steps` K of `accelerated()`,
+        `cg_steps` m, `outer_rate` η of plain gradient descent, `batch_size` |B| fresh tasks a
+        meta-step, `meta_steps` T; beside them the wanted `accuracy` and what they come from:
+        `smoothness` L and `strong_convexity` μ (the largest and the smallest over the tasks),
+        `outer_smoothness` L_F, `variance` σ² = E‖∇F_i − ∇F‖², `loss` F(θ₀), and `given`, the names
+        of what the problem gives. As good as these constants are along the whole run.
 
     Raises:
         ValueError: ε is not positive, there are fewer than 2 tasks, or no positive curvature was

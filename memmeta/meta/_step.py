@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Int32, Key
 
 from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
-from memmeta.hypergradient import Chunk, Estimator, Memory
+from memmeta.hypergradient import Chunk, Estimator
+from memmeta.hypergradient._seam import Memory
 from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._explain import explain, in_trouble

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from memmeta import _checks
 from memmeta import _trees as trees
-from memmeta.hypergradient import Memory
+from memmeta.hypergradient._seam import Memory
 from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
 from memmeta.meta._metrics import Metrics
@@ -97,7 +97,8 @@ class WarmStart:
             key: PRNG key of the run.
 
         Returns:
-            The state.
+            The state: `meta`, that of the meta-step inside, and `memory`, whose `params` and
+            `solution` are φ_i and v_i of all tasks, every leaf [size, ...].
         """
         library: Any = np if self.on_host else jnp
         problem = self.step.problem

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from memmeta.runs import _processes as processes
+from memmeta.runs._config import UserError
 
 
-class Interrupted(Exception):
+class Interrupted(UserError):
     """A signal ended a run after its state was saved; the message says how to go on."""
 
 
-class Stopped(Exception):
+class Stopped(UserError):
     """A run with --strict met trouble; the message says where, what, and which files tell more."""
 
 

@@ -47,10 +47,9 @@ def train(
 
     Raises:
         CheckpointError: no checkpoint can be used.
-        UserError: the configuration was altered, the checkpoints are gone, the folder was moved, or
-            the run ended on meta-steps in which no task was usable.
-        Interrupted: SIGTERM or SIGINT came; the state is saved.
-        Stopped: with `strict`, something was not as it should be.
+        UserError: the configuration was altered, the checkpoints are gone, the folder was moved,
+            the run ended on meta-steps in which no task was usable, SIGTERM or SIGINT came (the
+            state is saved), or with `strict` something was not as it should be.
         OSError: the folder cannot be written; what was written stays.
     """
     config, state, metrics = trainer.config, trainer.init(), None

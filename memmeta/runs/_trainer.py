@@ -194,7 +194,11 @@ def make_trainer(
         progress: told how far a conversion or a check of the data is.
 
     Returns:
-        The trainer.
+        What `train` drives: its `learner`, its `splits` of the data by name, `init()` for the first
+        state, `batch(state, split)` for the tasks of the meta-step that follows a state,
+        `compile()` for the block of meta-steps between two log points, and
+        `evaluator(state, split, episodes, number, tag)` for the accuracy on episodes drawn by one
+        of the samplers `judged`.
 
     Raises:
         DataError: the data are missing, altered or too few for the tasks asked for.

@@ -31,7 +31,7 @@ from memmeta.data._files import (
 )
 from memmeta.runs import _processes as processes
 
-__all__ = ["CheckpointError", "note", "restore", "save", "whole"]
+__all__ = ["CheckpointError", "restore", "save", "whole"]
 
 KEPT = 3
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
@@ -69,7 +69,7 @@ def save(folder: Path, step: int, state: PyTree, note: Mapping[str, Any] | None 
         folder: of all checkpoints of a run; made where missing in a folder that exists.
         step: meta-steps done, the checkpoint's name.
         state: any pytree of arrays.
-        note: plain values to keep with it, see the function `note`.
+        note: plain values to keep with it, in its manifest.
 
     Raises:
         OSError: the disk is full or read-only, or something that is not ours is in the way; earlier

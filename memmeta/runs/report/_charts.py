@@ -75,7 +75,13 @@ def drawn(
 
 
 def in_page_colours(svg: str, name: str) -> str:
-    """An SVG fit to stand inside a page: no prologue, names of its own, the page's colours."""
+    """An SVG fit to stand inside a page: no prologue, names of its own, the page's colours.
+
+    Example:
+        >>> svg = '<?xml?><svg width="3pt" height="2pt"><g id="a" fill="#1d2430"/></svg>'
+        >>> in_page_colours(svg, "loss")
+        '<svg role="img" ><g id="loss-a" fill="var(--ink)"/></svg>'
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -263,7 +269,7 @@ HEALTH = (
     ),
     ("masked", "Tasks left out", "Not finite; between two log points.", False),
     ("indefinite", "Tasks without a minimum", "Curvature zero or negative.", False),
-    ("diverging", "Inner loops that diverged", "Ended on a slope steeper than 10⁴.", False),
+    ("diverging", "Inner loops that diverged", "Their gradient grew tenfold or more.", False),
     ("refused", "Updates left out", "Meta-gradients far longer than usual.", False),
     (
         "gradient_norm",

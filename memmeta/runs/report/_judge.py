@@ -69,7 +69,27 @@ def judge_all(
     data_dir: Path | None = None,
     limits: Limits = Limits(),
 ) -> list[Judged]:
-    """`judge` for several runs, each under a name of its own."""
+    """Read runs' folders and put the newest checkpoint of each to the test.
+
+    Args:
+        paths: of the runs' folders.
+        episodes: test episodes of each group, at least 2.
+        data_dir: the folder of the runs' data, where they are not part of the package.
+        limits: what files of data may ask of the machine.
+
+    Returns:
+        For each run what `write` shows of it: `name` (of its folder, with its parent's where two
+        folders have the same), `config`, its log points as `lines`, its report as `final` (None
+        where it has not ended), the `step` of the checkpoint that was judged (None where there is
+        none), the accuracy on test episodes of each of the `groups`, and as `episode` one test
+        task with the learner's probabilities `before` and `after` adaptation. A run that goes on,
+        or has no checkpoint yet, is shown as far as it is.
+
+    Raises:
+        UserError: one is no run's folder, or its data need `data_dir`.
+        FileError: metrics or a report cannot be read.
+        DataError: a run's data are missing or altered.
+    """
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
         names = ["/".join(path.resolve().parts[-2:]) for path in paths]
@@ -84,23 +104,7 @@ def judge(
     data_dir: Path | None = None,
     limits: Limits = Limits(),
 ) -> Judged:
-    """Read a run's folder and put its newest checkpoint to the test.
-
-    Args:
-        path: of the run's folder.
-        name: what the run is called on the page.
-        episodes: test episodes of each group, at least 2.
-        data_dir: the folder of the run's data, where they are not part of the package.
-        limits: what files of data may ask of the machine.
-
-    Returns:
-        What was found; a run that goes on, or has no checkpoint yet, is shown as far as it is.
-
-    Raises:
-        UserError: it is no run's folder, or its data need `data_dir`.
-        FileError: its metrics or its report cannot be read.
-        DataError: the run's data are missing or altered.
-    """
+    """One run of `judge_all`, under the name it has on the page."""
     folder = RunFolder(path)
     config = folder.config()
     known = partial(Judged, name, config, folder.metrics(), folder.final_report())

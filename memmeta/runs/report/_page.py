@@ -26,7 +26,7 @@ def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
     """Write the page and the PNGs.
 
     Args:
-        runs: what is on it, side by side.
+        runs: what is on it, side by side; from `judge_all`.
         page: the HTML file; the PNGs go into a folder of its name without the suffix.
         episodes: how many test episodes of each group were judged.
 
