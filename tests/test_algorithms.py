@@ -38,7 +38,7 @@ def network():
 OPTIONS = {
     "memory_reduced": {"inner": mm.InnerLoop(steps=200), "cg_steps": 60},
     "imaml": {"inner": mm.InnerLoop(steps=200), "cg_steps": 60},
-    "stocbio": {"inner": mm.InnerLoop(steps=200), "cg_steps": 400},
+    "stocbio": {"inner": mm.InnerLoop(steps=200), "terms": 400},
     "amigo": {"inner": mm.InnerLoop(steps=200), "cg_steps": 60},
     "anil": {"inner": mm.InnerLoop(optax.sgd(0.1), steps=3)},
     "itd_bio": {"inner": mm.InnerLoop(optax.sgd(0.1), steps=3)},

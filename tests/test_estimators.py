@@ -307,7 +307,7 @@ SOLVERS = {
     "accelerated": mm.inner.accelerated(),
     "newton": mm.inner.newton(),
     "sgd": optax.sgd(0.1, momentum=0.9),
-    "adam": optax.adam(0.05),
+    "adam": optax.adam(0.05, eps_root=1e-8),
 }
 
 

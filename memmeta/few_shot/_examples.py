@@ -144,7 +144,8 @@ def query_mean(
     loss = jnp.where(sound & jnp.isfinite(loss), loss, jnp.nan)
     if not are_classes(targets):
         return loss, {}
-    right = jnp.argmax(jnp.where(classes, outputs, -jnp.inf), axis=-1) == targets
+    chosen = jnp.argmax(jnp.where(classes, outputs, -jnp.inf), axis=-1)
+    right = chosen.astype(targets.dtype) == targets
     accuracy = weighted_mean(right.astype(loss.dtype), present(targets))
     return loss, {"accuracy": jnp.where(jnp.isfinite(loss), accuracy, jnp.nan)}
 
