@@ -1,6 +1,5 @@
 """The docs: built with warnings as errors, complete, free of the network, every example run."""
 
-import ast
 import importlib
 import inspect
 import os
@@ -95,29 +94,6 @@ class Loaded(HTMLParser):
 def test_the_public_names_are_few():
     """What is promised can be looked over: 120 names in all rooms together."""
     assert len({name for _, name in public_names()}) <= 120
-
-
-def names_read(tree):
-    """(line, name) for all that a test imports from memmeta, and for every attribute it reads."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.ImportFrom(str(module)) if module.split(".")[0] == "memmeta":
-                found = [*module.split("."), *(alias.name for alias in node.names)]
-            case ast.Import():
-                found = [part for alias in node.names for part in alias.name.split(".")]
-            case ast.Attribute(_, str(name)):
-                found = [name]
-            case _:
-                continue
-        yield from ((node.lineno, name) for name in found)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.stem)
-def test_no_test_reads_a_private_name(path):
-    """So that what is inside can change while the tests stand; NamedTuples' methods are public."""
-    private = re.compile(r"_(?!_|(replace|asdict|fields)$)")
-    found = [*names_read(ast.parse(path.read_text(encoding="utf-8")))]
-    assert not [(line, name) for line, name in found if private.match(name)]
 
 
 def test_reading_the_site_needs_no_network(site):
