@@ -94,7 +94,7 @@ def reports(folder):
     (folder / "config.json").write_text(Config().to_json())
 
     def use():
-        report.write([report.write(report.judge_all([folder], 2), folder / "page.html", 2)], folder / "page.html", 2)
+        report.write(report.judge_all([folder], 2), folder / "page.html", 2)
 
     return [folder / "report.json"], use
 
