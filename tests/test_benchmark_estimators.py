@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks.cost import estimators
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path, capsys):
     quick = ["--quick", "--out", str(tmp_path)]
     estimators.main([*quick, "--problem", "head", "--only", "implicit"])

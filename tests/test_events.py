@@ -6,6 +6,7 @@ import struct
 import sys
 
 import numpy as np
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 from test_faults import QUICK, TINY, line_count, start, wait_for_lines
 
@@ -81,6 +82,7 @@ def test_a_log_point_is_on_the_disk_before_the_next(tmp_path):
     assert {step for step, _ in written} >= set(range(1, done))
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_makes_again_counts_once(tmp_path):
     path = tmp_path / "run"
     trained(path, *TINY, *QUICK, "--meta-steps=6")

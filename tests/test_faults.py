@@ -185,6 +185,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path):
     assert checkpoints.whole(tmp_path) == [2, 1]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
     path = tmp_path / "full"
     process = start(path)
@@ -313,6 +314,7 @@ def test_a_long_run_on_adversarial_tasks_ends_finite(estimator):
         assert totals["indefinite"] > 500
 
 
+@pytest.mark.slow
 def test_adversarial_images_leave_the_network_finite():
     images = np.asarray(mm.data.load("glyphs", "test").inputs[:6, :4], np.float32) / 255
     spoilt = images.copy()
@@ -519,6 +521,7 @@ def test_a_run_is_lengthened(ended_run, capsys):
     assert json.loads((ended_run / "report.json").read_text())["meta_steps"] == 14
 
 
+@pytest.mark.slow
 def test_a_folder_moved_while_its_run_goes_on(uninterrupted, tmp_path):
     path, moved = tmp_path / "here", tmp_path / "there"
     process = start(path)

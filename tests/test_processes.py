@@ -34,6 +34,7 @@ def alone(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(alone, tmp_path, capsys):
     options = [*TINY, *QUICK, "--meta-steps=4", "--processes=2", "--tensorboard"]
     process = start_with(tmp_path / "two", *options)

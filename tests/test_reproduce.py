@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.reproduce import _run
 from benchmarks.reproduce.__main__ import arguments, available, plans, run_all, table
 from benchmarks.reproduce._paper import SETTINGS, STAND_INS
@@ -24,6 +26,7 @@ def test_every_method_is_planned_and_the_baselines_as_released_too():
     assert len({p.name for p in plans(SETTINGS, arguments([]))}) == 24
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     longer = plans([STAND_INS[0]], QUICK)[0]
     first = replace(longer, setting=longer.setting._replace(iterations=1))

@@ -87,7 +87,13 @@ def test_eight_devices_give_what_one_gives(x64, name):
     assert metrics.tasks.loss.sharding.spec == SPREAD
 
 
-@pytest.mark.parametrize(("count", "chunk"), [(2, None), (2, 2), (4, 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk"),
+    [(2, 2), pytest.param(2, None, marks=SLOW), pytest.param(4, 1, marks=SLOW)],
+)
 def test_chunks_and_masks_on_several_devices(x64, count, chunk):
     tasks = quadratic_tasks(jax.random.key(1), tasks=8)
     tasks = tasks._replace(target=tasks.target.at[5].set(jnp.nan))
@@ -164,6 +170,7 @@ def test_parameters_sharded_over_a_second_axis():
     assert_close(state.meta_params, expected.meta_params, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_episodes_on_any_number_of_devices():
     config = Config("protonet", ways=3, queries=2, test_queries=2, width=2, tasks=8, meta_steps=1)
     batches = []

@@ -208,6 +208,7 @@ def test_a_configuration_names_no_places(
     assert not named or str(mine) in said
 
 
+@pytest.mark.slow
 def test_the_person_names_the_place(tmp_path, capsys):
     data, run = images(tmp_path / "data"), tmp_path / "run"
     options = [*TINY, *QUICK, "--meta-steps=2", "--devices=1", "--image-size=20", "--ways=1"]
@@ -364,7 +365,7 @@ def test_lines_of_the_wrong_kind(text, theirs, tmp_path, capsys):
     assert main(["report", str(theirs), f"--out={tmp_path / 'page.html'}"]) == 0
 
 
-@pytest.mark.parametrize("name", ["[bold]run", "[red]", "$x^{$", "_run", "<b>&", "café"])
+@pytest.mark.parametrize("name", ["[bold]run", "$x^{$", "_run", "<b>&café"])
 def test_names_are_names(name, theirs, tmp_path, capsys):
     path = theirs.rename(tmp_path / name)
     arguments = ["train", "--run", str(path), "--resume", "--devices=1"]
