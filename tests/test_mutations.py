@@ -210,7 +210,7 @@ KINDS = {
     lists: 150,
     arrays: 150,
 }
-TIMES = [1, pytest.param(20, marks=pytest.mark.slow)]
+TIMES = [1, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("times", TIMES, ids=["once", "many times"])
