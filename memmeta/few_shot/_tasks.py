@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +42,14 @@ def check_tasks(ways: int, loss: Loss | None, tasks: Any) -> None:
     for part in ("support", "query"):
         inputs, targets = (getattr(tasks, f"{part}_{kind}") for kind in ("inputs", "targets"))
         name, shape = f"{part}_targets", np.shape(targets)
-        for leaf in jax.tree.leaves(inputs):
-            if np.shape(leaf)[:2] != shape[:2] or len(shape) < 2:
-                raise ValueError(
-                    f"{name}: found shape {list(shape)} beside {part}_inputs of "
-                    f"{list(np.shape(leaf))}, expected the same two leading axes: tasks, examples."
-                )
+        try:
+            chex.assert_equal_shape_prefix([targets, *jax.tree.leaves(inputs)], 2)
+        except AssertionError as error:
+            raise ValueError(
+                f"{name}: found shape {list(shape)} beside {part}_inputs of "
+                f"{jax.tree.map(np.shape, inputs)}, expected the same two leading axes: tasks, "
+                "examples."
+            ) from error
         if loss is None:
             _check_kind(name, targets, ways)
             if not isinstance(targets, jax.core.Tracer):
