@@ -5,7 +5,6 @@ for whole runs, with the packages that they need, are loaded when they are first
 """
 
 import importlib
-from importlib.metadata import version
 from typing import Any
 
 from memmeta import certificate, hypergradient, inner, linear_solve, meta
@@ -21,8 +20,6 @@ from memmeta.meta import (
     make_meta_step,
 )
 from memmeta.problem import Problem, Structure, Task
-
-__version__ = version("memmeta")
 
 ON_FIRST_USE = {
     "algorithms": "memmeta.few_shot.algorithms",
@@ -61,6 +58,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ON_FIRST_USE:
         return importlib.import_module(ON_FIRST_USE[name])
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("memmeta")
     raise AttributeError(f"module 'memmeta' has no attribute {name!r}")
 
 

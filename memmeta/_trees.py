@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, PyTree
 
 
@@ -157,13 +156,14 @@ def reach(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[PyTree
     return [outputs_of(index) for index in range(leaves)]
 
 
-def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
+def _reached(closed: Any, marked: Iterable[bool]) -> list[bool]:
     """Follow the marked inputs of a traced function through it to its outputs."""
     jaxpr = closed.jaxpr
     tainted = {variable for variable, mark in zip(jaxpr.invars, marked, strict=True) if mark}
 
     def is_tainted(atom: Any) -> bool:
-        return not isinstance(atom, Literal) and atom in tainted
+        is_literal = hasattr(atom, "val")
+        return not is_literal and atom in tainted
 
     for equation in jaxpr.eqns:
         outputs = _through(equation, [is_tainted(atom) for atom in equation.invars])
@@ -174,7 +174,7 @@ def _reached(closed: ClosedJaxpr, marked: Iterable[bool]) -> list[bool]:
 def _through(equation: Any, inputs: list[bool]) -> list[bool]:
     """From the marks of an equation's inputs to those of its outputs."""
     name, params = equation.primitive.name, equation.params
-    if name in ("pjit", "jit") and isinstance(params["jaxpr"], ClosedJaxpr):
+    if name in ("pjit", "jit") and hasattr(params["jaxpr"], "consts"):
         return _reached(params["jaxpr"], inputs)
     if name == "scan":
         return _looped(params["jaxpr"], inputs, *_kinds_of(params))
@@ -195,7 +195,7 @@ def _kinds_of(scan: dict[str, Any]) -> tuple[int, int]:
     return len(list(constants)), len(list(carry))
 
 
-def _looped(body: ClosedJaxpr, inputs: list[bool], constants: int, carried: int) -> list[bool]:
+def _looped(body: Any, inputs: list[bool], constants: int, carried: int) -> list[bool]:
     """The marks of a loop's outputs: those of its carry grow until they stay as they are."""
     carry = inputs[constants : constants + carried]
     while True:
@@ -268,6 +268,9 @@ def hoisted(
         >>> pure(values, jnp.zeros(2)).tolist()
         [1.0, 1.0]
     """
+    # Imported here: jax.extend (jax 0.10.2) brings pallas along, and memmeta would load for longer.
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     structure = jax.tree.structure(shapes)
 
