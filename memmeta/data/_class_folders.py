@@ -14,9 +14,9 @@ NOT_OURS = ("__macosx",)
 
 
 def classes_in(root: Path, folder: Path) -> list[ClassItems]:
-    """One class for every folder below `folder` with images in it, or with nothing in it.
+    """One class for every folder below `folder` that holds images, or holds no folders.
 
-    Empty folders are included so that `Plan.check` can report them. The items of a class are paths
+    Folders without images are included so that `Plan.check` can report them. The items of a class are paths
     relative to `root`.
 
     Raises:

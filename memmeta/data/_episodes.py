@@ -20,7 +20,7 @@ KEYS = 8  # keys an episode is drawn with
 
 @dataclass(frozen=True)
 class Episodes:
-    """A sampler of episodes: `ways` classes, each with `shots` support and `queries` query examples.
+    """A sampler of episodes: `ways` classes with `shots` support and `queries` query examples each.
 
     First a group is drawn among those with enough usable classes, with probability proportional to
     the number of these classes; then classes of that group; then examples of each class; all
@@ -38,8 +38,8 @@ class Episodes:
             split. None: use the data set's default, `Dataset.within_group`.
         cross_family: draw the support examples from one family and the query examples from another,
             such as two font families; the pair of families is drawn for each episode.
-        augmentation: function from (key, images) to images, applied to the support and to the query;
-            for example `memmeta.data.Augmentation`. It must be hashable.
+        augmentation: function from (key, images) to images, applied to the support and to the
+            query; for example `memmeta.data.Augmentation`. It must be hashable.
         uneven: also use classes with too few examples, instead of leaving them out. The support
             gets up to `shots` examples but leaves at least one for the query, the query gets up to
             `queries` of the rest, and missing examples are padding.
@@ -93,9 +93,9 @@ class Episodes:
     def sample(self, dataset: Dataset, key: PRNGKeyArray) -> Task:
         """Draw one task; a pure function that works under `jax.jit` and `jax.vmap`.
 
-        Compiled code cannot check that the data set has enough classes and examples, so call `check`
-        before. (Outside compiled code this method checks it itself.) Without the check, missing
-        examples are padding.
+        Compiled code cannot check that the data set has enough classes and examples, so call
+        `check` before. (Outside compiled code this method checks it itself.) Without the check,
+        missing examples are padding.
 
         Args:
             dataset: the classes to draw from; pass it to a compiled function as an argument instead
@@ -178,10 +178,11 @@ class Episodes:
     def sample_batch(
         self, dataset: Dataset, key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
     ) -> Task:
-        """Draw tasks number `first` to `first + tasks - 1` of the endless sequence that `key` defines.
+        """Draw tasks number `first` to `first + tasks - 1` of the sequence that `key` defines.
 
-        Task i is `sample(dataset, jax.random.fold_in(key, i))`. Therefore the tasks do not depend on
-        the chunks, the order or the number of devices they are drawn in.
+        The sequence is endless, and task i is `sample(dataset, jax.random.fold_in(key, i))`.
+        Therefore the tasks do not depend on the chunks, the order or the number of devices they are
+        drawn in.
 
         Args:
             dataset: the classes to draw from.

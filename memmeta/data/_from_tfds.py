@@ -98,8 +98,8 @@ def load_tfds(
         The split, memory-mapped; `omniglot`, with its rotations, in memory.
 
     Raises:
-        DataError: a package is not installed (the message has the pip command), the download failed,
-            or the builder does not have images and labels.
+        DataError: a package is not installed (the message has the pip command), the download
+            failed, or the builder does not have images and labels.
     """
     cache = _cache_of(name, data_dir)
     ensure_cache(cache, lambda: make_plan(name, data_dir), reading.progress)
@@ -192,8 +192,8 @@ def read_source(
     """Open a data set of tensorflow-datasets, and prepare it first where needed.
 
     Args:
-        builder_name: its name in the catalogue of tensorflow-datasets; a configuration follows after
-            a slash.
+        builder_name: its name in the catalogue of tensorflow-datasets; a configuration follows
+            after a slash.
         data_dir: the folder of tensorflow-datasets; None: its own default.
         keys: the features that hold labels.
 
