@@ -84,8 +84,8 @@ def unpack(path: Path, target: Path, limits: Limits) -> None:
         except DataError:
             raise
         except Exception as error:  # zipfile and tarfile raise many kinds of errors
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path} cannot be unpacked ({said}): get it again") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path} cannot be unpacked ({reason}): get it again") from error
         only = inside / target.name
         try:
             (only if list(inside.iterdir()) == [only] else inside).rename(target)
@@ -102,10 +102,10 @@ def _check_sum(path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if words[:1] != [found]:
-        said = f"{words[0][:12]}..." if words else "nothing"
+        stated = f"{words[0][:12]}..." if words else "nothing"
         raise DataError(
             f"{path} is truncated or altered: its SHA-256 is {found[:12]}..., {beside.name} "
-            f"says {said}: get it again"
+            f"says {stated}: get it again"
         )
 
 

@@ -2,8 +2,8 @@
 
 A cache is a folder: `<split>.npy` holds the examples of a split, one in a row, class after class;
 `manifest.json`, written last, describes them, with a SHA-256 of each class. A conversion that was
-interrupted continues after the last class it finished. Where the classes cannot be used, no cache is
-left behind. Symbolic links are refused.
+interrupted continues after the last class it finished. Where the classes cannot be used, no cache
+is left behind. Symbolic links are refused.
 """
 
 import hashlib

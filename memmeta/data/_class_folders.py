@@ -16,8 +16,8 @@ NOT_OURS = ("__macosx",)
 def classes_in(root: Path, folder: Path) -> list[ClassItems]:
     """One class for every folder below `folder` that holds images, or holds no folders.
 
-    Folders without images are included so that `Plan.check` can report them. The items of a class are paths
-    relative to `root`.
+    Folders without images are included so that `Plan.check` can report them. The items of a class
+    are paths relative to `root`.
 
     Raises:
         DataError: an image is directly inside `folder`, or a link leads out of `root`.

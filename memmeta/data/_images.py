@@ -116,9 +116,9 @@ def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Ite
 
 
 def _unusable(path: Path | str, error: Exception) -> DataError:
-    said = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{path}: not a whole image that can be used ({said}); replace or remove it and run again "
+        f"{path}: not a whole image that can be used ({reason}); replace or remove it and run again "
         "(what was converted is kept)"
     )
 

@@ -16,8 +16,8 @@ def use(count: int | None) -> None:
     Args:
         count: how many devices; None leaves the number as it is.
     """
-    # On a slow or suspended machine a device may wait longer than XLA's default timeout for the sums
-    # of the others, which would end the process.
+    # On a slow or suspended machine a device may wait for the others' sums longer than XLA's
+    # default timeout, after which the process would end.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
     if "xla_cpu_collective" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()

@@ -126,11 +126,11 @@ class Trainer:
 
         @partial(jax.jit, out_shardings=self.everywhere)
         def accuracies(theta: MetaParams, tasks: Batch) -> Float[Array, " tasks"]:
-            def judged(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
+            def of_share(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
                 accuracy: Array = learner.evaluate(theta, tasks).aux["accuracy"]
                 return accuracy
 
-            accuracies: Array = mesh_of.spread(mesh, judged, split=1, out=True)(theta, tasks)
+            accuracies: Array = mesh_of.spread(mesh, of_share, split=1, out=True)(theta, tasks)
             return accuracies
 
         def evaluate(
@@ -219,9 +219,9 @@ def make_trainer(
     splits = {name: _classes(read(config.data, name, config.data_dir, how)) for name in names}
     train, normalised = _index(splits["train"]), config.normalised(splits["train"])
     training = config.training_episodes(train, normalised)
-    judged = config.test_episodes(train, normalised)
+    evaluation = config.test_episodes(train, normalised)
     training.check(train)
-    for name, sampler in product(("validation", "test"), judged.values()):
+    for name, sampler in product(("validation", "test"), evaluation.values()):
         sampler.check(_index(splits[name]))
     learner = config.learner(splits["train"].example_shape)
     meta_step = learner.make_meta_step(
@@ -229,7 +229,7 @@ def make_trainer(
     )
     if not config.on_host:
         splits = {name: mesh_of.place(meta_step.mesh, split) for name, split in splits.items()}
-    return Trainer(config, learner, meta_step, splits, training, judged)
+    return Trainer(config, learner, meta_step, splits, training, evaluation)
 
 
 def _classes(split: Split | HostDataset) -> Dataset | HostDataset:

@@ -159,7 +159,7 @@ def one_episode(
 ) -> Episode:
     """The first test task and the predictions for it before and after adaptation.
 
-    The task is from the group with the most classes, if episodes of the data set are from one group.
+    If episodes of the data set are from one group, the task is from that with the most classes.
     """
     sizes = np.bincount(np.asarray(dataset.group), minlength=len(dataset.group_names))
     largest = int(sizes.argmax())

@@ -78,7 +78,7 @@ def html(runs: Sequence[Judged], sections: dict[str, list[Chart]]) -> str:
 
 
 def section(title: str, legend: Sequence[Judged], *parts: str) -> str:
-    """A section: a heading, a legend if there are several runs, and its parts; empty without any."""
+    """A heading, a legend if there are several runs, and the parts; empty if all parts are."""
     content = "\n".join(filter(None, parts))
     if not content:
         return ""
@@ -228,8 +228,8 @@ def class_html(episode: Episode, way: int) -> str:
     for i in np.flatnonzero(task.query_targets == way)[:QUERIES_SHOWN]:
         before, after = episode.before[i], episode.after[i]
         right = after.argmax() == way
-        said = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
-        query.append(tile(task.query_inputs[i], "right" if right else "wrong", said))
+        caption = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
+        query.append(tile(task.query_inputs[i], "right" if right else "wrong", caption))
     tiles = "".join(f'<div class="tiles">{"".join(found)}</div>' for found in (support, query))
     return f'<div class="class">{tiles}</div>'
 
