@@ -90,7 +90,7 @@ def unpack(path: Path, target: Path, limits: Limits) -> None:
         try:
             (only if list(inside.iterdir()) == [only] else inside).rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was quicker
+            if not target.is_dir():  # else another process has unpacked it meanwhile
                 raise
 
 

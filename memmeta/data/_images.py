@@ -1,4 +1,4 @@
-"""Image files as arrays of one shape; the only module that needs Pillow."""
+"""Image files as arrays of one shape, read with Pillow."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from memmeta.data._dataset import DataError
 from memmeta.data._reading import Reading
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# only these are decoded, whatever the file's suffix, because some formats (EPS) run a program
+# only these are decoded, whatever the file's suffix, because decoding EPS starts a program
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 GREY = ("1", "L", "LA", "La")
 COLOURED = ("CMYK", "HSV", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
@@ -116,9 +116,9 @@ def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Ite
 
 
 def _unusable(path: Path | str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{path}: not a whole image that can be used ({reason}); replace or remove it and run again "
+        f"{path}: not a whole image that can be used ({text}); replace or remove it and run again "
         "(what was converted is kept)"
     )
 

@@ -106,7 +106,8 @@ class Config:
     rate: float = 3e-3
     """Initial learning rate of Adam, the outer optimiser."""
     seed: int = 0
-    """Seed of everything random in the run."""
+    """Seed of everything random in training; the episodes of evaluation are the same for every
+    seed."""
     log_every: int = 40
     """Meta-steps between two lines of metrics."""
     checkpoint_every: int = 240

@@ -256,7 +256,7 @@ def new_run(path: Path, config: Config) -> Iterator[RunFolder]:
     Raises:
         UserError: there is a run or anything else in it, or it cannot be written.
     """
-    if not processes.is_first():  # the first one may have made it already
+    if not processes.is_first():  # the first process may have made the folder already
         yield RunFolder(path)
         return
     require_new(path)

@@ -40,7 +40,7 @@ log = logging.getLogger("memmeta")
 
 # Folded into the key, so that a run's random draws for different purposes are independent.
 INIT, TRAIN, VALIDATION, TEST = range(4)
-JUDGED_TOGETHER = 10  # episodes on each device; fixed, so that any number of them needs one program
+JUDGED_TOGETHER = 10  # episodes per device and call; fixed, so that one program serves any number
 
 
 @dataclass(frozen=True)

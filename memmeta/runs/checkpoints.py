@@ -39,7 +39,7 @@ log = logging.getLogger("memmeta")
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used; the message says which one and why."""
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
