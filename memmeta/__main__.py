@@ -1,8 +1,13 @@
 """The command line: `memmeta train`, `memmeta evaluate` and `memmeta report`.
 
-Exit codes: 0 done; 1 something to mend, said in one line; 2 options that cannot be read; 3 a run
-with --strict met trouble; 75 SIGTERM or SIGINT came and the state is saved, go on with --resume;
-130 and 143 the same signals where there was nothing to save.
+Exit codes:
+
+0           success
+1           an error that the user can correct, explained in one line
+2           wrong options
+3           a run with --strict met trouble
+75          SIGTERM or SIGINT came and the state was saved; continue with --resume
+130, 143    SIGINT or SIGTERM came and there was nothing to save
 """
 
 import io
@@ -39,9 +44,9 @@ log = logging.getLogger("memmeta")
 
 @dataclass(frozen=True)
 class Train:
-    """Meta-train a method, report on held-out tasks.
+    """Meta-train a method and report its accuracy on held-out tasks.
 
-    SIGTERM or SIGINT (Ctrl-C): the run finishes the meta-steps up to its next line of metrics,
+    After SIGTERM or SIGINT (Ctrl-C) the run finishes the meta-steps up to its next line of metrics,
     saves its state, and ends with exit code 75.
     """
 
@@ -49,55 +54,56 @@ class Train:
     run: Path | None = None
     """Run folder; None makes a new one below runs/."""
     resume: bool = False
-    """Go on from the newest checkpoint of the run folder, with the options it was made with. Only
-    META_STEPS may be larger, which lengthens the run, and DATA_DIR must be named again."""
+    """Continue from the newest checkpoint of the run folder with the run's own options. Only
+    META_STEPS may be larger, which lengthens the run, and DATA_DIR must be given again if the data
+    need one."""
     strict: bool = False
-    """Stop at the first task that is not finite, inner loop that diverges, inner Hessian that is
-    not positive or meta-gradient that explodes, with the state and the tasks saved."""
+    """Stop at the first trouble, such as a task that is not finite, an inner loop that diverges or
+    a meta-gradient that explodes, and save the state and the tasks."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder too; needs tensorboardX."""
     devices: int | None = None
-    """Devices of each process to spread tasks over; changes nothing but rounding. None: as many as
-    there are and can share the tasks out evenly; of a CPU each core is one."""
+    """Devices of each process to spread tasks over, which changes results only by rounding. None:
+    the largest number that divides TASKS, where a CPU has one device per core; in a run of several
+    processes, all devices."""
     processes: int = 1
-    """Processes of this machine's CPU to share the run, for a try of what a launcher does on many
-    machines."""
+    """Number of processes on this machine's CPU to run in, to try out a run of several machines."""
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge a run's newest checkpoint on held-out test tasks."""
+    """Evaluate a run's newest checkpoint on held-out test tasks."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
     episodes: int | None = None
-    """Test episodes; None: as in the run."""
+    """Number of test episodes; None: as in the run."""
     test_steps: int | None = None
     """Steps of the inner loop; None: as in the run."""
     data_dir: Path | None = None
-    """Folder of the run's data, where they are not part of the package: confirms what the run's
-    configuration names, or names another."""
+    """Folder of the run's data, needed if these are not part of the package: the folder that the
+    run's configuration names, or another."""
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page, and its pictures as PNGs, that shows runs side by side."""
+    """Write an HTML page that shows runs side by side, and its charts as PNGs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders, at least one."""
     out: Path = Path("report.html")
-    """The page; the PNGs go into a folder of its name without the suffix."""
+    """The page; the PNGs go into a folder with the same name but no suffix."""
     episodes: int = 100
-    """Test episodes of each group of classes."""
+    """Number of test episodes of each group of classes."""
     data_dir: Path | None = None
     """Folder of the runs' data, as for `memmeta evaluate`."""
     limits: Limits = field(default_factory=Limits)
 
 
 def run_train(command: Train) -> None:
-    """`memmeta train`."""
+    """Run the command `memmeta train`."""
     from memmeta.runs import _progress as progress
 
     devices.use(command.devices or (None if processes.launched() else devices.cores()))
@@ -114,7 +120,7 @@ def run_train(command: Train) -> None:
         return
     if processes.is_first():
         require_new(path)
-    # nothing is made until it is sure that the run can start
+    # prepared before the folder is made, so that a run that cannot start leaves no folder behind
     trainer, block = _prepared(command)
     with new_run(path, command.config) as folder:
         _train_in(folder, command, trainer, block)
@@ -173,7 +179,7 @@ def _train_in(folder: RunFolder, command: Train, trainer: Trainer, block: Block)
 
 
 def run_evaluate(command: Evaluate) -> None:
-    """`memmeta evaluate`."""
+    """Run the command `memmeta evaluate`."""
     from memmeta.runs import _progress as progress
     from memmeta.runs._train import final_report
 
@@ -191,7 +197,7 @@ def run_evaluate(command: Evaluate) -> None:
 
 
 def run_report(command: Report) -> None:
-    """`memmeta report`."""
+    """Run the command `memmeta report`."""
     from memmeta.runs import report
 
     if not command.runs:
@@ -204,9 +210,9 @@ def run_report(command: Report) -> None:
 
 
 def _stored_default(arguments: Sequence[str]) -> Config:
-    """With --resume, the options the run was made with are the defaults, but for its data's place.
+    """The default options: with --resume those of the run, except for the folder of its data.
 
-    Where the data are is the person's to say, who may have the run's folder from somebody else.
+    The run folder may come from somebody else, so only the user may name a folder of data to read.
     """
     path = None
     for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -220,10 +226,10 @@ def _stored_default(arguments: Sequence[str]) -> Config:
 
 
 def _confirmed(run: Path, given: Config) -> Config:
-    """The options of a run to resume: those it was made with, maybe longer, its data's place named.
+    """The options of a run to resume: its own, with the user's data folder and `meta_steps`.
 
     Raises:
-        UserError: another option was given, or the data's place was not.
+        UserError: an option differs from the run's, or a data folder is needed and was not given.
     """
     stored = RunFolder(run).config()
     for name in vars(stored).keys() - {"data_dir"}:
@@ -241,21 +247,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: without the program's name; default those of the process.
+        arguments: the arguments without the program's name; None: those of this process.
 
     Returns:
-        The exit code, see the top of this module.
+        The exit code, see the docstring of this module.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # orbax reports every save and restore; a person wants to hear of failures only
+    # orbax logs every save and restore, but the user needs to see failures only
     logging.getLogger("absl").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be Unicode
+        if isinstance(stream, io.TextIOWrapper):  # file names may not be valid Unicode
             stream.reconfigure(errors="backslashreplace")
-    said = logging.StreamHandler(sys.stderr)
-    said.setFormatter(logging.Formatter("memmeta: %(message)s"))
-    log.addHandler(said)
-    log.propagate = False  # libraries give the root logger a handler of theirs
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("memmeta: %(message)s"))
+    log.addHandler(handler)
+    log.propagate = False  # else handlers that libraries add to the root logger repeat it
     try:
         use_compilation_cache()
         return _run(arguments)
@@ -276,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("memmeta: interrupted; go on with --resume", file=sys.stderr)
         return 130
     finally:
-        log.removeHandler(said)
+        log.removeHandler(handler)
         log.propagate = True
 
 

@@ -1,4 +1,4 @@
-"""Archives: used only when they are, bit for bit, what was built; unpacked only inside a folder."""
+"""The package's own archives, verified by SHA-256, and the user's, unpacked within limits."""
 
 import hashlib
 import io
@@ -20,17 +20,17 @@ REMEDY = "reinstall memmeta to get it back"
 def read_archive(name: str, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Read the arrays of `<name>.npz` after checking it against the SHA-256 in `<name>.sha256`.
 
-    The bytes that are checked are the bytes that are read. Nothing is unpickled.
+    The file is read once, so that the bytes used are those that were checked. Nothing is unpickled.
 
     Args:
-        name: the archive's name without its ending.
-        folder: where the archive and its checksum lie; by default inside the package.
+        name: the archive's name without its suffix.
+        folder: the folder with the archive and its checksum; by default one inside the package.
 
     Returns:
         Every array of the archive, by name.
 
     Raises:
-        DataError: the archive or its checksum is missing or unreadable, or they do not agree.
+        DataError: the archive or its checksum is missing or unreadable, or they do not match.
 
     Example:
         >>> sorted(read_archive("glyphs"))[:4]
@@ -54,23 +54,23 @@ def read_archive(name: str, folder: Path | None = None) -> dict[str, np.ndarray]
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except Exception as error:  # NumPy has no error of its own
+    except Exception as error:  # NumPy raises errors of many kinds for a damaged file
         raise DataError(f"{name}: {path} is no archive of plain arrays ({error})") from error
 
 
 def unpack(path: Path, target: Path, limits: Limits) -> None:
-    """Unpack an archive of the user's into a new folder: all of it or nothing.
+    """Unpack the user's archive into a new folder: all of it or nothing.
 
     Args:
-        path: a .zip or .tar file, compressed or not. A checksum in `<file>.sha256` beside it must
-            agree.
-        target: the folder to make; an archive that holds nothing but a folder of this name is
-            unpacked without it.
-        limits: what it may unpack to.
+        path: a .zip or .tar file, compressed or not. If there is a file `<file>.sha256` beside it,
+            the checksum in it must match.
+        target: the folder to make. If everything in the archive is inside one folder of this name,
+            that folder becomes `target`.
+        limits: limits on the size and the number of files that are unpacked.
 
     Raises:
-        DataError: the checksum does not agree, the archive is damaged, encrypted or beyond the
-            limits, or a member would land outside the folder.
+        DataError: the checksum does not match, the archive is damaged, encrypted or beyond the
+            limits, or a member would be written outside the folder.
     """
     _check_sum(path)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
@@ -83,14 +83,14 @@ def unpack(path: Path, target: Path, limits: Limits) -> None:
                 _untar(path, inside, limits)
         except DataError:
             raise
-        except Exception as error:  # the readers of archives have no error of their own
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path} cannot be unpacked ({said}): get it again") from error
+        except Exception as error:  # zipfile and tarfile raise many kinds of errors
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path} cannot be unpacked ({reason}): get it again") from error
         only = inside / target.name
         try:
             (only if list(inside.iterdir()) == [only] else inside).rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was quicker
+            if not target.is_dir():  # else another process has unpacked it meanwhile
                 raise
 
 
@@ -102,15 +102,15 @@ def _check_sum(path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if words[:1] != [found]:
-        said = f"{words[0][:12]}..." if words else "nothing"
+        stated = f"{words[0][:12]}..." if words else "nothing"
         raise DataError(
             f"{path} is truncated or altered: its SHA-256 is {found[:12]}..., {beside.name} "
-            f"says {said}: get it again"
+            f"says {stated}: get it again"
         )
 
 
 class _Count:
-    """Counts what comes out of an archive, and refuses what is beyond the limits."""
+    """Counts an archive's members and their bytes, and refuses what exceeds the limits."""
 
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path, self.members, self.bytes = path, 0, 0

@@ -1,4 +1,4 @@
-"""Augmentation of sampled images on the device, and normalisation by the training split."""
+"""Augmentation of sampled images on the device, and the training split's mean and deviation."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,20 @@ from memmeta.data._warp import Warp
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to every image of an episode, each drawn by itself.
+    """Random augmentation of each image of an episode, followed by a fixed normalisation.
 
-    Rotations as classes of their own, as `load("omniglot", ...)` has them, are no augmentation of a
-    sampled image but more classes.
+    Each image is augmented independently. Rotated images as classes of their own, as in
+    `load("omniglot", ...)`, are not an augmentation: they are part of the data set.
 
     Args:
-        warp: turned, stretched, sheared and shifted first; None leaves the image as it is.
-        crop_padding: pixels of black added on every side before a crop of the old size is taken at
-            random; 0 leaves the image where it is.
-        flip: mirror left and right every other time.
-        mean: of each channel on the scale of 0 to 1, taken away last; see `normalisation`.
-        deviation: of each channel, divided by. Both or neither of the two.
+        warp: a random affine map, applied first; None for none.
+        crop_padding: width in pixels of a black border that is added before a crop of the original
+            size is taken at random; 0 for no crop.
+        flip: whether to mirror left and right with probability 1/2.
+        mean: value of each channel that is subtracted last, for pixels scaled to 0 to 1; see
+            `normalisation`.
+        deviation: value of each channel that is then divided by. Give both this and `mean`, or
+            neither.
 
     Raises:
         ValueError: `crop_padding` is negative, or only one of `mean` and `deviation` is given.
@@ -52,14 +54,14 @@ class Augmentation:
     def __call__(
         self, key: PRNGKeyArray, images: Shaped[Array, "images height width channels"]
     ) -> Shaped[Array, "images height width channels"]:
-        """Augment images; pure.
+        """Augment a batch of images; a pure function.
 
         Args:
             key: the PRNG key.
-            images: uint8, or on the scale of 0 to 1.
+            images: uint8 from 0 to 255, or floating-point from 0 to 1.
 
         Returns:
-            The images: of the same dtype, or float32 where they are normalised.
+            The augmented images: float32 if they are normalised, otherwise of the same dtype.
         """
         warp_key, crop_key, flip_key = jax.random.split(key, 3)
         if self.warp is not None:
@@ -94,13 +96,13 @@ def normalisation(
     """The mean and the standard deviation of each channel, over all pixels of the training split.
 
     Args:
-        train: the training split, uint8 images.
+        train: the training split, of uint8 images.
 
     Returns:
-        `mean` and `deviation` for `Augmentation`, on the scale of 0 to 1.
+        `mean` and `deviation` for `Augmentation`, for pixels scaled to 0 to 1.
 
     Raises:
-        DataError: the examples are no uint8 images, or a channel never changes.
+        DataError: the examples are not uint8 images, or a channel is constant.
 
     Example:
         >>> import memmeta.data
@@ -112,7 +114,9 @@ def normalisation(
     if host.rows.dtype != np.uint8 or host.rows.ndim != 4:
         raise DataError(f"{host.name}: {host.rows.dtype} {host.rows.shape}, expected uint8 images")
     levels = np.arange(256) / 255
-    counts = np.zeros((host.rows.shape[-1], 256), np.int64)  # exact whatever the number of pixels
+    counts = np.zeros(
+        (host.rows.shape[-1], 256), np.int64
+    )  # integers: exact for any number of pixels
     for numbers, count in zip(
         np.asarray(host.index.inputs), np.asarray(host.index.count), strict=True
     ):

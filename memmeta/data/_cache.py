@@ -1,9 +1,9 @@
 """Data sets converted once into a checked, memory-mapped cache of uint8 arrays.
 
-A cache is a folder: `<split>.npy` holds the examples of a split row by row, class after class;
-`manifest.json`, written last, says what they are, with a SHA-256 of each class. A conversion that
-is interrupted goes on after the last class it finished. Nothing is made before it is known that the
-classes can be used, and nothing that is a link is followed.
+A cache is a folder: `<split>.npy` holds the examples of a split, one in a row, class after class;
+`manifest.json`, written last, describes them, with a SHA-256 of each class. A conversion that was
+interrupted continues after the last class it finished. Where the classes cannot be used, no cache
+is left behind. Symbolic links are refused.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
 
 
 class ClassEntry(msgspec.Struct):
-    """One class of a split, its rows after those of the classes before it."""
+    """One class of a split; its rows follow those of the class before it."""
 
     name: str
     group: str
@@ -48,7 +48,10 @@ class ClassEntry(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct):
-    """What a cache holds. `stamp` is that of the files it was made of; empty: they never change."""
+    """The contents of a cache.
+
+    `stamp` is the fingerprint of the source files at conversion; empty where they never change.
+    """
 
     format: Literal[2]
     name: str
@@ -59,7 +62,7 @@ class Manifest(msgspec.Struct):
 
 
 class Finished(msgspec.Struct):
-    """A line of the journal: a class whose rows are on the disk."""
+    """A line of the journal: a class whose rows have been written."""
 
     key: str
     stamp: str
@@ -72,17 +75,17 @@ def ensure_cache(
     progress: Progress = silent,
     sources: dict[str, list[ClassItems]] | None = None,
 ) -> None:
-    """Convert a data set unless that is done; of several processes one does, the others wait.
+    """Convert a data set unless its cache is current; one process converts, the others wait.
 
     Args:
         cache: the folder of the cache.
-        make_plan: finds what to convert; only called where there is something to do.
-        progress: told how far it is.
-        sources: the classes as they are now: where they changed it is done again. None: they never
-            change.
+        make_plan: returns the plan of the conversion; only called where one is needed.
+        progress: shows how far the conversion is.
+        sources: the classes as they are now; where they differ from those the cache was made from,
+            the data set is converted again. None: they never change.
 
     Raises:
-        DataError: the data cannot be used; what was converted so far is kept.
+        DataError: the data cannot be used; the classes converted so far are kept.
     """
     stamp = "" if sources is None else fingerprint(sources)
     if _is_current(cache, stamp):
@@ -103,12 +106,12 @@ def ensure_cache(
         raise DataError(f"{cache}: cannot be written ({error})") from error
     finally:
         if not existed:
-            with suppress(OSError):  # it stays where there is something in it
+            with suppress(OSError):  # a folder that is not empty cannot be removed, and stays
                 caches.rmdir()
 
 
 def _checked_plan(make_plan: Callable[[], Plan], lock: Path) -> Plan:
-    """What to convert; the lock's file goes too where that cannot be used."""
+    """The checked plan; where it cannot be used, the lock file is removed so that nothing stays."""
     try:
         plan = make_plan()
         plan.check()
@@ -119,7 +122,10 @@ def _checked_plan(make_plan: Callable[[], Plan], lock: Path) -> Plan:
 
 
 def _is_current(cache: Path, stamp: str) -> bool:
-    """Whether there is a manifest; one that cannot be read is left for `open_cache` to refuse."""
+    """Whether the cache was made from sources of this stamp.
+
+    A manifest that cannot be read counts as current, because `open_cache` reports it better.
+    """
     path = cache / MANIFEST
     if not path.exists() and not path.is_symlink():
         return False
@@ -130,7 +136,7 @@ def _is_current(cache: Path, stamp: str) -> bool:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Make room where the sources have changed; a process that has the old rows open keeps them."""
+    """Remove a cache whose sources changed; processes that have its files open can still read."""
     if not (cache / MANIFEST).exists():
         return
     say_once(f"{cache}: the images have changed since they were converted: they are again")
@@ -165,18 +171,19 @@ def _convert(cache: Path, plan: Plan, stamp: str, progress: Progress) -> None:
 
 
 class Journal:
-    """The classes that a conversion has finished, for the next one of the same plan.
+    """The classes that a conversion has finished, so that an interrupted one can continue.
 
     Args:
-        path: of the file, one JSON object a line.
-        plan: the plan's fingerprint, on the first line.
+        path: the journal's file, one JSON object on each line.
+        plan: the plan's fingerprint, stored on the first line; a journal of another plan is
+            discarded.
     """
 
     def __init__(self, path: Path, plan: str) -> None:
         self.path = path
         self.entries: dict[str, Finished] = {}
         head = {"fingerprint": plan}
-        with suppress(FileError):  # none, or cut off within a line
+        with suppress(FileError):  # there is no journal yet, or a kill cut off its last line
             first, *lines = read_bytes(path).splitlines() or [b""]
             if decode(first, dict[str, str], str(path)) == head:
                 for line in lines:
@@ -186,12 +193,12 @@ class Journal:
         write_whole(path, b"".join(line + b"\n" for line in kept))
 
     def finished(self, key: str, stamp: str) -> str | None:
-        """The SHA-256 of a class's rows; None where it is not finished or has changed since."""
+        """The SHA-256 of a class's rows; None if the class is not finished or has changed since."""
         entry = self.entries.get(key)
         return entry.sha256 if entry is not None and entry.stamp == stamp else None
 
     def add(self, entry: Finished) -> None:
-        """Note a class as finished."""
+        """Record that a class is finished."""
         append(self.path, msgspec.json.encode(entry).decode())
 
 
@@ -211,10 +218,10 @@ def open_cache(cache: Path, split: str, progress: Progress = silent) -> HostData
     Args:
         cache: the folder of the cache.
         split: the split's name.
-        progress: told how far the check is.
+        progress: shows how far the check is.
 
     Returns:
-        The split, its examples memory-mapped.
+        The split, with its examples memory-mapped.
 
     Raises:
         DataError: a file is missing, truncated or altered.
@@ -226,7 +233,7 @@ def open_cache(cache: Path, split: str, progress: Progress = silent) -> HostData
         if split not in manifest.splits:
             raise FileError(f"the split {split} is not in it")
         rows = np.load(cache / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy has no error of its own
+    except Exception as error:  # NumPy raises errors of many kinds for a damaged file
         raise DataError(f"{cache}: not a whole cache ({error}); {remedy}") from error
     name, classes = manifest.name, manifest.splits[split]
     expected = (sum(entry.examples for entry in classes), *manifest.shape)
@@ -249,7 +256,7 @@ def open_cache(cache: Path, split: str, progress: Progress = silent) -> HostData
 
 
 def _index(manifest: Manifest, split: str) -> Dataset:
-    """The data set with the numbers of rows in place of the examples."""
+    """The data set with row numbers in place of the examples."""
     classes = manifest.splits[split]
     counts = np.array([entry.examples for entry in classes], np.int32)
     starts = np.cumsum(counts) - counts

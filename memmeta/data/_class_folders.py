@@ -1,4 +1,4 @@
-"""Class folders in a tree of files: no link out of it is followed, and no name is lost."""
+"""Class folders in a tree of files; links that lead out of the tree are refused."""
 
 import os
 import unicodedata
@@ -10,11 +10,18 @@ from memmeta.data._images import SUFFIXES
 from memmeta.data._plan import ClassItems
 
 NOT_OURS = ("__macosx",)
-"""Folders that a packer leaves beside the data."""
+"""Folders (in lower case) that archiving programs add and that hold no data."""
 
 
 def classes_in(root: Path, folder: Path) -> list[ClassItems]:
-    """Every folder below `folder` that has images in it is a class."""
+    """One class for every folder below `folder` that holds images, or holds no folders.
+
+    Folders without images are included so that `Plan.check` can report them. The items of a class
+    are paths relative to `root`.
+
+    Raises:
+        DataError: an image is directly inside `folder`, or a link leads out of `root`.
+    """
     classes = []
     for path in [folder, *all_folders(folder)]:
         items = [inside(root, entry) for entry in _images_in(path)]
@@ -37,10 +44,10 @@ def _files_in(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Every file with one of the suffixes in a folder and those below it, none of them hidden.
+    """Every file with one of the suffixes in or below a folder, except hidden ones.
 
     Raises:
-        DataError: a folder is a link, or a file leads out of it.
+        DataError: a folder is a link, or a file is a link that leads out of `folder`.
     """
     found = [file for path in (folder, *all_folders(folder)) for file in _files_in(path, suffixes)]
     for file in found:
@@ -49,12 +56,12 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def has_images(folder: Path) -> bool:
-    """Whether there are images in a folder or in those below it."""
+    """Whether there are images in a folder or below it."""
     return any(_images_in(path) for path in (folder, *all_folders(folder)))
 
 
 def all_folders(folder: Path) -> list[Path]:
-    """The folders below `folder`, each after the one it is in."""
+    """All folders below `folder`, each after its parent."""
     found, waiting = [], folders_in(folder)[::-1]
     while waiting:
         path = waiting.pop()
@@ -77,15 +84,15 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def inside(root: Path, path: Path) -> str:
-    """The path below the root, once it is sure that the file really lies there."""
+    """The path relative to the root, after a check that no link leads out of the root."""
     if not path.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{path} leads out of {root}: replace it by the file itself")
     return path.relative_to(root).as_posix()
 
 
 def plain_name(path: Path) -> str:
-    # the same letters in composed and decomposed form are the same name; what is no UTF-8 is
-    # most likely of an older system
+    # NFC, because composed and decomposed forms of the same letters must give the same name;
+    # Latin-1, because names that are not UTF-8 are most likely from an older system
     name = os.fsencode(path.as_posix())
     try:
         text = name.decode("utf-8")

@@ -11,7 +11,7 @@ from memmeta.problem import Task
 
 @runtime_checkable
 class Family(Protocol):
-    """A split of a family of curves; a pytree that is passed to compiled functions.
+    """One split of a family of curves; a pytree that is passed to compiled functions.
 
     Attributes:
         name: the data set's name.
@@ -28,13 +28,13 @@ class Family(Protocol):
     def draw(
         self, key: PRNGKeyArray, points: int
     ) -> tuple[Float[Array, "points inputs"], Float[Array, "points outputs"]]:
-        """Draw one curve and that many independent points of it; pure."""
+        """Draw one curve, and `points` independent points on it; a pure function."""
         ...
 
 
 @dataclass(frozen=True)
 class Points:
-    """What a regression task is: `shots` support and `queries` query points of one curve.
+    """A sampler of regression tasks: `shots` support and `queries` query points of one curve.
 
     Args:
         shots: support points.
@@ -63,10 +63,10 @@ class Points:
                 raise ValueError(f"{name}={value!r}: it must be a positive integer")
 
     def check(self, dataset: Family) -> None:
-        """Every family has as many points as are asked for: there is nothing to refuse."""
+        """Do nothing: any number of points can be drawn from a curve, so every size is allowed."""
 
     def sample(self, dataset: Family, key: PRNGKeyArray) -> Task:
-        """Draw one task; pure, and fit for `jax.jit` and `jax.vmap`.
+        """Draw one task; a pure function that works under `jax.jit` and `jax.vmap`.
 
         Args:
             dataset: the family of curves.

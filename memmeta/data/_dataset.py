@@ -1,4 +1,4 @@
-"""A labelled data set as one pytree: examples grouped by class, on the device as stored."""
+"""A labelled data set as one pytree: examples grouped by class, in their stored dtype."""
 
 import logging
 from collections.abc import Sequence
@@ -18,34 +18,34 @@ class DataError(ValueError):
 
 @cache
 def say_once(message: str) -> None:
-    """Tell the person something about the data, once a process."""
+    """Log a message about the data for the user, at most once in a process."""
     logging.getLogger("memmeta").warning("%s", message)
 
 
 @jax.tree_util.register_dataclass
-@no_type_check  # JAX also builds it with stand-ins for the arrays: shapes, axes, shardings
+@no_type_check  # JAX also builds it with placeholders for the arrays: shapes, axes, shardings
 @dataclass(frozen=True)
 class Dataset:
     """The examples of one split, grouped by class; a pytree that is passed to compiled functions.
 
-    Classes with fewer examples than the largest are padded; `count` says how many are real and
-    the padding is never drawn. Pass a data set to `jax.jit` as an argument: closed over, it would
-    become a constant of the compiled program.
+    Classes with fewer examples than the largest are padded; `count` says how many are real, and
+    the padding is never drawn. Pass a data set to a compiled function as an argument: if the
+    function closes over it, it becomes a constant of the compiled program.
 
     Args:
         inputs: the examples, `[classes, examples, *shape]`; images are `[height, width, channels]`
             of dtype uint8 (0 to 255).
-        count: examples really present in each class.
-        group: the superclass of each class (its script, its category), an index into
+        count: how many real examples each class has.
+        group: the superclass of each class (such as its script or category), an index into
             `group_names`.
-        family: the kind of each example (its font family), an index into `family_names`; what
-            cross-family episodes keep apart.
+        family: the kind of each example (such as its font family), an index into `family_names`;
+            cross-family episodes take support and query from different families.
         name: the data set's name.
         split: "train", "validation" or "test".
-        class_names: one name a class.
-        group_names: one name a group.
-        family_names: one name a family.
-        within_group: whether the usual episodes of these data draw all classes from one group.
+        class_names: the name of each class.
+        group_names: the name of each group.
+        family_names: the name of each family.
+        within_group: whether episodes of this data set draw all classes from one group by default.
 
     Example:
         >>> import memmeta.data
@@ -83,13 +83,14 @@ class Dataset:
         name: str = "arrays",
         split: str = "train",
     ) -> "Dataset":
-        """A data set of examples and their labels at hand.
+        """Make a data set from arrays of examples and labels.
 
         Args:
             inputs: `[examples, *shape]`; images are `[examples, height, width, channels]`.
-            labels: `[examples]`, the class of each: numbers or names. Classes are in their order.
-            groups: `[examples]`, the superclass of each, the same for all examples of a class.
-            within_group: whether the usual episodes draw all classes from one group.
+            labels: `[examples]`, the class of each example: whole numbers or names. The classes are
+                sorted by them.
+            groups: `[examples]`, the superclass of each example, the same throughout a class.
+            within_group: whether episodes draw all classes from one group by default.
             name: the data set's name.
             split: "train", "validation" or "test".
 

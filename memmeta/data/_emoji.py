@@ -1,6 +1,6 @@
 """`emoji`: about a thousand concepts in six designs, in colour, embedded in the package.
 
-How it is made, split and licensed: `archives/emoji.md`.
+`archives/emoji.md` says how the archive is built, split and licensed.
 """
 
 from pathlib import Path
@@ -13,10 +13,11 @@ from memmeta.data._dataset import Dataset
 
 
 def load_emoji(split: str, data_dir: Path | None) -> Dataset:
-    """The concepts of one split's Unicode groups: classes are concepts.
+    """The concepts in the Unicode groups of one split; each concept is a class.
 
-    Six pictures leave a 5-shot task one query, so that each comes mirrored too. Episodes with
-    `cross_family=True` take support and query from the designs of different makers.
+    Each design is also included mirrored, because six examples of a class would leave a 5-shot task
+    only one query. Episodes with `cross_family=True` take support and query from the designs of
+    different makers.
 
     Args:
         split: "train", "validation" or "test".
@@ -24,7 +25,7 @@ def load_emoji(split: str, data_dir: Path | None) -> Dataset:
 
     Returns:
         The data set, `inputs` uint8 `[concepts, 12, 32, 32, 3]`: six designs on white, then the
-        same mirrored.
+        same six mirrored.
 
     Raises:
         DataError: the archive is missing, truncated or altered.

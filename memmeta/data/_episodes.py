@@ -1,4 +1,4 @@
-"""The episode sampler: N-way K-shot tasks drawn on the device by PRNG key, inside compiled code."""
+"""The episode sampler: N-way K-shot tasks drawn on the device, inside compiled code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,37 +13,36 @@ from memmeta.data._dataset import DataError, Dataset, say_once
 from memmeta.data._numbered import sample_numbered
 from memmeta.problem import Task
 
-PADDING = -1  # the target of what is no example
-NAMED = 10  # classes that a message names
-KEYS = 8  # an episode's independent draws
+PADDING = -1  # the target of padding
+NAMED = 10  # the most classes that a message lists
+KEYS = 8  # keys an episode is drawn with
 
 
 @dataclass(frozen=True)
 class Episodes:
-    """What an episode is: `ways` classes, each with `shots` support and `queries` query examples.
+    """A sampler of episodes: `ways` classes with `shots` support and `queries` query examples each.
 
-    A group is drawn with probability proportional to its number of classes, among the groups that
-    have enough of them; then classes of that group and examples of each class, all without
-    replacement. The order of the classes is random, so the labels 0 to `ways - 1` carry no
-    meaning from one episode to the next.
+    First a group is drawn among those with enough usable classes, with probability proportional to
+    the number of these classes; then classes of that group; then examples of each class; all
+    without replacement. A class is usable if it has enough examples. The order of the classes is
+    random, so that the labels 0 to `ways - 1` mean different classes in every episode.
 
-    Where `ways` or `shots` is a range, each episode draws its own, uniformly. All episodes have the
-    shapes of the largest: what an episode does not use is padding, with inputs of 0 and targets
-    of -1.
+    If `ways` or `shots` is a range, each episode draws its own number uniformly. All episodes have
+    the array shapes of the largest one; unused entries are padding, with inputs 0 and targets -1.
 
     Args:
-        ways: classes in an episode (N), or the least and the most of them.
-        shots: support examples of each class (K), or the fewest and the most.
+        ways: classes in an episode (N), or a pair of the fewest and the most.
+        shots: support examples of each class (K), or a pair of the fewest and the most.
         queries: query examples of each class (Q).
-        within_group: draw all classes from one group, such as one script; otherwise from the
-            whole split. None: as is usual for the data (`Dataset.within_group`).
-        cross_family: draw the support from one family of examples and the query from another,
-            such as two font families; which is which is drawn for each episode.
-        augmentation: (key, images) -> images, for the support and for the query;
-            `memmeta.data.Augmentation` is one. It must be hashable.
-        uneven: take the classes that have too few examples too, instead of leaving them out: the
-            support gets `shots` of them as long as one is left for the query, the query what is
-            left; what a class lacks is padding.
+        within_group: draw all classes from one group, such as one script, instead of the whole
+            split. None: use the data set's default, `Dataset.within_group`.
+        cross_family: draw the support examples from one family and the query examples from another,
+            such as two font families; the pair of families is drawn for each episode.
+        augmentation: function from (key, images) to images, applied to the support and to the
+            query; for example `memmeta.data.Augmentation`. It must be hashable.
+        uneven: also use classes with too few examples, instead of leaving them out. The support
+            gets up to `shots` examples but leaves at least one for the query, the query gets up to
+            `queries` of the rest, and missing examples are padding.
 
     Raises:
         ValueError: `ways`, `shots` or `queries` is not a positive integer or a range of them.
@@ -83,7 +82,7 @@ class Episodes:
 
     @property
     def most_ways(self) -> int:
-        """The largest number of classes in an episode: the outputs that a network needs."""
+        """The largest number of classes in an episode: the number of outputs a network needs."""
         return _ends(self.ways)[1]
 
     @property
@@ -92,28 +91,29 @@ class Episodes:
         return _ends(self.shots)[1]
 
     def sample(self, dataset: Dataset, key: PRNGKeyArray) -> Task:
-        """Draw one task; pure, and fit for `jax.jit` and `jax.vmap`.
+        """Draw one task; a pure function that works under `jax.jit` and `jax.vmap`.
 
-        Whether the data allow the episodes can be seen outside compiled code only: call `check`
-        once before. (Called outside compiled code, this function does so itself.) Unchecked, what
-        the data do not have is padding.
+        Compiled code cannot check that the data set has enough classes and examples, so call
+        `check` before. (Outside compiled code this method checks it itself.) Without the check,
+        missing examples are padding.
 
         Args:
-            dataset: the classes to draw from, passed as an argument and never closed over.
+            dataset: the classes to draw from; pass it to a compiled function as an argument instead
+                of closing over it.
             key: the PRNG key; the same key and data give the same task.
 
         Returns:
-            The task, class by class: inputs `[ways * shots, *shape]` and
+            The task, sorted by class: inputs `[ways * shots, *shape]` and
             `[ways * queries, *shape]` of the data's dtype (or the augmentation's), targets int32,
             -1 for padding.
 
         Raises:
-            DataError: as `check`, when the data are at hand.
+            DataError: as `check`, when called outside compiled code.
         """
         return self.finish(self.draw(dataset, key), key)
 
     def draw(self, dataset: Dataset, key: PRNGKeyArray) -> Task:
-        """The first half of `sample`: the examples as they are stored, padding not yet blanked.
+        """The first half of `sample`: examples as stored, and padding not yet set to 0.
 
         Arguments and errors as for `sample`.
         """
@@ -126,7 +126,9 @@ class Episodes:
         group = self._group(dataset)
 
         keys = jax.random.split(key, KEYS)
-        first = _draw(keys[0], startable.any(axis=0), 1)[0][0]  # any class of the drawn group
+        first = _draw(keys[0], startable.any(axis=0), 1)[0][
+            0
+        ]  # drawing a class draws its group too
         pair = _draw(keys[1], startable[:, first], 1)[0][0] if len(startable) > 1 else 0
         classes, found = _draw(keys[2], usable[pair] & (group == group[first]), self.most_ways)
 
@@ -152,14 +154,14 @@ class Episodes:
         )
 
     def finish(self, task: Task, key: PRNGKeyArray) -> Task:
-        """The second half of `sample`: augmentation, and padding set to zero.
+        """The second half of `sample`: augment the images and set the padding to zero.
 
         Args:
-            task: from `draw`.
-            key: the same key.
+            task: the task that `draw` returned.
+            key: the key that was given to `draw`.
 
         Returns:
-            The task.
+            The finished task.
         """
         keys = jax.random.split(jax.random.split(key, KEYS)[KEYS - 1])
         return task._replace(
@@ -176,35 +178,37 @@ class Episodes:
     def sample_batch(
         self, dataset: Dataset, key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
     ) -> Task:
-        """Draw tasks number `first` to `first + tasks - 1` of the endless list that `key` names.
+        """Draw tasks number `first` to `first + tasks - 1` of the sequence that `key` defines.
 
-        Task i is `sample(dataset, jax.random.fold_in(key, i))`, so it does not matter in what
-        chunks, in what order or on how many devices a list of tasks is drawn.
+        The sequence is endless, and task i is `sample(dataset, jax.random.fold_in(key, i))`.
+        Therefore the tasks do not depend on the chunks, the order or the number of devices they are
+        drawn in.
 
         Args:
             dataset: the classes to draw from.
-            key: the PRNG key of the list.
+            key: the PRNG key of the sequence.
             tasks: how many tasks to draw.
-            first: the number of the first one; may be traced.
+            first: the number of the first task; may be traced.
 
         Returns:
             The tasks, every array with a leading axis of length `tasks`.
 
         Raises:
-            DataError: as `check`, when the data are at hand.
+            DataError: as `check`, when called outside compiled code.
         """
         return sample_numbered(lambda k: self.sample(dataset, k), key, tasks, first)
 
     def check(self, dataset: Dataset) -> None:
-        """Check, outside compiled code, that such episodes can be drawn from the data.
+        """Check that these episodes can be drawn from a data set; call it outside compiled code.
 
-        Classes with too few examples, which the episodes leave out, are logged by name.
+        The names of classes with too few examples, which are never drawn, are logged.
 
         Args:
             dataset: the classes to draw from.
 
         Raises:
-            DataError: they cannot; the message names the largest figure that the data allow.
+            DataError: the data set has too few classes, examples or families; the message says how
+                many ways, shots and queries it allows.
         """
         usable = self._usable_classes(dataset)
         count = np.asarray(dataset.count)
@@ -220,11 +224,11 @@ class Episodes:
         )
 
     def _usable_classes(self, dataset: Dataset) -> Bool[np.ndarray, " classes"]:
-        """The classes with enough examples; raises where they are too few, as `check` does."""
+        """Which classes have enough examples; raises `DataError` as `check` does."""
         where = f"{dataset.name}/{dataset.split}"
         if self.cross_family and len(dataset.family_names) < 2:
             raise DataError(f"cross_family=True, but {where} has only one family of examples")
-        with jax.ensure_compile_time_eval():  # also where only the key is traced
+        with jax.ensure_compile_time_eval():  # so that it works where only the key is traced
             support, query, sizes = map(np.asarray, _count(self, dataset))
         if not sizes.any():
             raise DataError(self._too_few_examples(where, support, query))
@@ -240,7 +244,7 @@ class Episodes:
         return np.asarray((sizes > 0).any(axis=0))
 
     def _check_sizes(self, classes: int, examples: int) -> None:
-        """What the shape of the data alone forbids."""
+        """Refuse sizes that exceed the shape of the data, which is known in compiled code too."""
         limits = {"ways": classes, "shots": examples, "queries": examples}
         if self.uneven:
             limits = {"ways": classes}
@@ -250,7 +254,7 @@ class Episodes:
                 raise DataError(f"{name}={found} is too many for these data; use {name} <= {most}")
 
     def _too_few_examples(self, where: str, support: np.ndarray, query: np.ndarray) -> str:
-        """Why no class has enough examples, and the most that would do."""
+        """The message for when no class has enough examples, with the largest sizes that fit."""
         asked = f"shots={self.shots} and queries={self.queries} are too many for {where}"
         if not self.cross_family:
             most = int(support.max())
@@ -268,9 +272,9 @@ class Episodes:
     def _candidates(
         self, dataset: Dataset
     ) -> tuple[Bool[Array, "pairs classes examples"], Bool[Array, "pairs classes examples"]]:
-        """Which examples may be support and which query, for each (support, query) family pair.
+        """Masks of the possible support and query examples, for each ordered pair of families.
 
-        Without `cross_family` there is one pair, and every example may be either.
+        Without `cross_family` there is one pair, for which every example may be either.
         """
         numbers = jnp.arange(dataset.inputs.shape[1], dtype=jnp.int32)
         present = numbers < jnp.asarray(dataset.count)[:, None]
@@ -288,7 +292,7 @@ class Episodes:
         support: Bool[Array, "pairs classes examples"],
         query: Bool[Array, "pairs classes examples"],
     ) -> tuple[Bool[Array, "pairs classes"], Int32[Array, "pairs classes"]]:
-        """Which classes have enough examples for both sides, and how many such its group has."""
+        """Which classes have enough examples, and how many of these are in each class's group."""
         shots, queries = (1, 1) if self.uneven else (self.most_shots, self.queries)
         usable = (
             (support.sum(axis=-1) >= shots)
@@ -310,7 +314,10 @@ class Episodes:
 
 @partial(jax.jit, static_argnums=0)
 def _count(episodes: Episodes, dataset: Dataset) -> tuple[Array, Array, Array]:
-    """Support and query candidates, and the usable classes of the group, per pair and class."""
+    """Numbers of support candidates, query candidates and usable classes in the class's group.
+
+    Each is `[pairs, classes]`; the last is 0 for classes that are not usable themselves.
+    """
     support, query = episodes._candidates(dataset)
     usable, sizes = episodes._usable(dataset, support, query)
     return support.sum(axis=-1), query.sum(axis=-1), jnp.where(usable, sizes, 0)
@@ -333,10 +340,11 @@ def _draw(
 ) -> tuple[Int32[Array, "..."], Bool[Array, "..."]]:
     """Draw `number` of the allowed choices in each row, uniformly and without replacement.
 
-    Returns the choices and which of them are allowed: not all where there are fewer than `number`.
+    The choices with the largest of independent uniform scores are such a draw, in random order. The
+    scores are float32 even with 64-bit JAX, so that a key gives the same episode in both modes.
 
-    The largest of independent scores are such a draw, in random order. float32 also under x64, so
-    that a key means the same episode in both.
+    Returns:
+        The choices, and which of them are allowed: not all, where fewer than `number` are.
     """
     scores = jax.random.uniform(key, allowed.shape, jnp.float32)
     there = min(number, allowed.shape[-1])

@@ -1,6 +1,8 @@
-"""Files that a stranger may have laid out: no link is followed, nothing is written in halves.
+"""Reading and writing files in folders that may come from somebody else.
 
-Every file that the program reads or writes in a folder of runs or data goes through here.
+No link is followed, so that such a folder cannot lead to other files, and a file is replaced as a
+whole or not at all. The small files of runs and caches are read and written here; only array files
+(`_rows`, orbax's checkpoints) are not.
 """
 
 import fcntl
@@ -16,17 +18,16 @@ from typing import Any
 import msgspec
 
 LARGEST = 2**28
-"""Bytes of a file that is read in one piece."""
+"""The most bytes of a file that is read as a whole, by default."""
 DEEPEST = 64
-"""Folders inside one another, of what a person would have made."""
-
+"""The most folders inside one another; no user's own data would have more."""
 
 LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.new")
-"""Names of what `write_whole` leaves where it is killed."""
+"""Names of the temporary files that `write_whole` leaves behind if it is killed."""
 
 
 class FileError(OSError):
-    """A file or folder cannot be used; the message names it, says why, and what to do."""
+    """A file or folder cannot be used; the message names it and says why."""
 
 
 class InUse(FileError):
@@ -34,17 +35,17 @@ class InUse(FileError):
 
 
 def read_bytes(path: Path, most: int = LARGEST) -> bytes:
-    """Read a whole file, if it is a plain one.
+    """Read a whole regular file.
 
     Args:
-        path: of the file.
-        most: bytes it may have.
+        path: the file.
+        most: the most bytes it may have.
 
     Returns:
-        Its content.
+        The file's content.
 
     Raises:
-        FileError: it is a link, a device or a pipe, it is longer, or it cannot be read.
+        FileError: it is a link, a device or a pipe, it is too long, or it cannot be read.
     """
     with _opened(path, os.O_RDONLY) as descriptor:
         size = os.fstat(descriptor).st_size
@@ -55,18 +56,18 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
 
 
 def decode(content: bytes, kind: Any, where: str) -> Any:
-    """Read JSON through a schema.
+    """Decode JSON and check it against a type.
 
     Args:
         content: the JSON.
-        kind: what it must be, any type that msgspec knows.
-        where: what the error calls it.
+        kind: the expected type, any that msgspec supports.
+        where: the name of the JSON in error messages.
 
     Returns:
         An object of that type.
 
     Raises:
-        FileError: it is something else.
+        FileError: the content is not JSON of that type.
 
     Example:
         >>> decode(b'{"step": 3}', dict[str, int], "a line")
@@ -74,12 +75,12 @@ def decode(content: bytes, kind: Any, where: str) -> Any:
     """
     try:
         return msgspec.json.decode(content, type=kind)
-    except (ValueError, RecursionError) as error:  # all of msgspec's and what is no UTF-8
+    except (ValueError, RecursionError) as error:  # msgspec's errors, and bytes that are not UTF-8
         raise FileError(f"{where}: not what was expected there ({error})") from error
 
 
 def read_json(path: Path, kind: Any) -> Any:
-    """`decode` for a file.
+    """Read a JSON file and check it against a type, see `decode`.
 
     Raises:
         FileError: as `read_bytes` and `decode`.
@@ -88,16 +89,16 @@ def read_json(path: Path, kind: Any) -> Any:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a kill, sees the old one or the new one.
+    """Write a file so that readers see the old or the new content, even if the process is killed.
 
-    What stands at the path is replaced, and never followed where it is a link.
+    A link at the path is replaced, not followed.
 
     Args:
-        path: of the file; its folder exists.
-        content: text is written as UTF-8.
+        path: the file; its folder must exist.
+        content: the content; text is written as UTF-8.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was.
+        OSError: the file cannot be written; the old file is unchanged.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{secrets.token_hex(8)}.new")
@@ -114,14 +115,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append(path: Path, line: str) -> None:
-    """Add a line to a file; on the disk when this returns.
+    """Append a line to a file, and return once it is on the disk.
 
     Args:
-        path: of the file, made where missing in a folder that exists.
-        line: without its end.
+        path: the file, made if missing; its folder must exist.
+        line: the line without a newline.
 
     Raises:
-        OSError: it cannot be written, or is no plain file.
+        OSError: the file cannot be written, or is not a regular file.
     """
     with _opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as descriptor:
         with open(descriptor, "wb", closefd=False) as file:
@@ -132,7 +133,7 @@ def append(path: Path, line: str) -> None:
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
     try:
-        # not blocking: a pipe without a writer would hold us for ever
+        # without O_NONBLOCK, opening a pipe that nobody writes to would block for ever
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except (OSError, ValueError) as error:
         raise FileError(f"{path}: {_reason(path, error)}") from error
@@ -152,13 +153,14 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder in which anything is a link; the folder itself may be one.
+    """Refuse a folder with a link anywhere inside; the folder itself may be a link.
 
     Args:
-        folder: that is about to be written to.
+        folder: the folder that is about to be read or written.
 
     Raises:
-        FileError: it holds a link, or cannot be read.
+        FileError: there is a link in it, or its folders are nested too deeply.
+        OSError: it cannot be read.
     """
     waiting = [(str(folder), 0)]
     while waiting:
@@ -174,17 +176,17 @@ def refuse_links(folder: Path) -> None:
 
 
 def own_folder(path: Path) -> Path:
-    """Make a folder to write in, unless it is there.
+    """Make a folder to write to, unless it exists.
 
     Args:
-        path: its parent exists.
+        path: the folder; its parent must exist.
 
     Returns:
         The path.
 
     Raises:
-        FileError: it is a link.
-        OSError: it cannot be made.
+        FileError: the folder is a link.
+        OSError: the folder cannot be made.
     """
     path.mkdir(exist_ok=True)
     if path.is_symlink():
@@ -202,15 +204,15 @@ def unused_path(root: Path, name: str) -> Path:
 
 @contextmanager
 def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock; the operating system releases it when the process dies, however it dies.
+    """Hold a lock; the operating system releases it however the process ends.
 
     Args:
-        path: of the lock's file, made where missing.
-        wait: for the process that has it.
+        path: the lock file, made if missing.
+        wait: whether to wait if another process holds the lock.
 
     Raises:
-        InUse: another has it, and `wait` is False.
-        FileError: the file is a link, or cannot be made.
+        InUse: another process holds the lock, and `wait` is False.
+        FileError: the lock file is a link, or cannot be made.
     """
     while True:
         with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
@@ -218,20 +220,21 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 raise InUse(f"{path.parent}: in use by another process") from error
-            # who held it may have removed the file, and then a third has the lock of a new one
+            # the process that held the lock may have removed the file: then ours is not the lock
+            # that a third process would take, so try again with the file that is there now
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield
                 return
 
 
 def user_cache() -> Path:
-    """Where a person's caches are: `$XDG_CACHE_HOME` where it is absolute, else `~/.cache`.
+    """memmeta's folder in the user's cache: `$XDG_CACHE_HOME` if absolute, else `~/.cache`.
 
     Raises:
         FileError: the home folder is not known.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # as its specification says: anything else counts as not set
+    if not root.is_absolute():  # the XDG specification says to ignore relative paths
         root = Path("~/.cache").expanduser()
     if not root.is_absolute():
         raise FileError("HOME: expected an absolute path, for the folder of caches")
@@ -239,10 +242,10 @@ def user_cache() -> Path:
 
 
 def distrust(folder: Path) -> str | None:
-    """Why what lies in a folder may be another person's; None where it can only be this one's.
+    """The reason why other users could write to a folder; None if only this user (or root) can.
 
     Args:
-        folder: that exists.
+        folder: an existing folder.
     """
     for path in (folder, *folder.resolve().parents):
         found: Any = path.stat()

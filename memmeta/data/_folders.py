@@ -1,6 +1,6 @@
 """Data sets from a folder of image files: `mini_imagenet`, `tiered_imagenet`, and `folder`.
 
-Their licences do not allow them to be passed on, so the user brings the files.
+The licences of the first two do not allow redistribution, so the user must provide the files.
 """
 
 import csv
@@ -38,23 +38,29 @@ PUBLISHED = ("mini_imagenet", "tiered_imagenet")
 def load_folder(
     name: str, split: str, data_dir: Path | None, reading: Reading = Reading()
 ) -> HostDataset:
-    """One split of a data set of image files, converted on first use and whenever they changed.
+    """Load one split of a folder of image files, converted on first use and after every change.
 
-    `mini_imagenet` and `tiered_imagenet` are looked for in `data_dir/<name>`, or in an archive of
-    that name (.zip, .tar, .tar.gz, .tgz), which is unpacked. They hold a folder for each class,
-    named by its WordNet id; or a folder for each split (train, val or validation, test) with a
-    folder for each class; or a CSV file for each split with the columns filename and label. The
-    split must be the published one (`class_splits/`), which also gives the classes of
-    `tiered_imagenet` their groups; class folders that it does not name are left out.
-    `categories.csv`, with the columns label and category, gives groups of one's own; without
-    either a class's group is the folder above it.
+    `mini_imagenet` and `tiered_imagenet` are looked for in the folder `data_dir/<name>`, or in an
+    archive of that name (.zip, .tar, .tar.gz, .tgz), which is unpacked. The folder holds one of
 
-    `folder` is `data_dir` itself: split folders or lists as above, or class folders only, whose
-    split is drawn: 64, 16 and 20 % of the classes. `folder:SEED` draws another. Names of splits
-    are matched without case; where validation or test is missing, a fifth of the classes of train
-    is drawn for it. What looks like a split and is none is refused.
+    - a folder for each class, named by its WordNet id;
+    - a folder for each split (train, val or validation, test) with a folder for each class;
+    - a CSV file for each split, with the columns filename and label.
 
-    Images are RGB, or have one channel where the images of `folder` all do.
+    The split must be the published one, stored in `memmeta/data/_class_splits`, which also gives
+    the groups of `tiered_imagenet`. Where there are class folders only, those that it does not name
+    are ignored.
+
+    `folder` reads `data_dir` itself: split folders or CSV files as above, or class folders only. In
+    the last case 64, 16 and 20 % of the classes are assigned to the splits at random, and
+    `folder:SEED` assigns them by another seed. The case of split names does not matter. If either
+    validation or test is missing, a fifth of the train classes is taken for it. A name that looks
+    like a split's but is none of the known ones is refused.
+
+    `categories.csv`, with the columns label and category, sets the group of each class; without it,
+    and without a published group, a class's group is the folder above it.
+
+    Images are RGB; those of `folder` have one channel if all its images are grey.
 
     Args:
         name: "mini_imagenet", "tiered_imagenet", "folder" or "folder:SEED".
@@ -66,7 +72,8 @@ def load_folder(
         The split, memory-mapped.
 
     Raises:
-        DataError: files are missing, damaged, outside the folder, or not of the published split.
+        DataError: files are missing, damaged or outside the folder, or the classes do not match the
+            published split.
     """
     kind, _, seed = name.partition(":")
     if data_dir is None:
@@ -90,11 +97,11 @@ def load_folder(
 
 
 def find_classes(kind: str, seed: int, root: Path) -> dict[str, list[ClassItems]]:
-    """Find the classes and image files of each split; no image is opened.
+    """Find the classes and image files of each split without opening an image.
 
     Args:
         kind: the data set's name without a seed.
-        seed: of the split, where one is drawn.
+        seed: the seed of the split, used if classes are assigned to splits at random.
         root: the folder of the data set.
 
     Returns:
@@ -121,7 +128,7 @@ def find_classes(kind: str, seed: int, root: Path) -> dict[str, list[ClassItems]
 
 
 def _stamped(root: Path, splits: dict[str, list[ClassItems]]) -> dict[str, list[ClassItems]]:
-    """Each class with what changes when one of its files does."""
+    """Give each class a stamp that changes when the size or time of one of its files does."""
 
     def stamp(item: ClassItems) -> str:
         digest = hashlib.sha256()
@@ -137,11 +144,11 @@ def _stamped(root: Path, splits: dict[str, list[ClassItems]]) -> dict[str, list[
 
 
 def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], reading: Reading) -> Plan:
-    """What to convert; the headers of images are read to see how many channels they have.
+    """Make the plan of the conversion; image headers are read to find the number of channels.
 
     Args:
         name: the data set's name.
-        root: its folder.
+        root: the folder of the data set.
         splits: from `find_classes`.
         reading: how images are read.
 
@@ -160,7 +167,7 @@ def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], readin
 
 
 def _listed_by(published: ClassSplit, root: Path) -> list[ClassItems]:
-    """The class folders that a published list names; ImageNet's own folder holds others too."""
+    """The class folders that a published list names; a full ImageNet folder has others too."""
     return [item for item in classes_in(root, root) if label_of(item) in published.labels]
 
 
@@ -182,7 +189,7 @@ def _root(name: str, data_dir: Path, reading: Reading) -> Path:
 def _split_folders(root: Path) -> dict[str, list[ClassItems]]:
     found = find_splits(root)
     if len(found) == 1 and not any(map(folders_in, found.values())):
-        return {}  # images right inside: a class of that name
+        return {}  # it holds images and no class folders, so it is a class with a split's name
     if found:
         beside = [path for path in folders_in(root) if path not in found.values()]
         refuse_others(root, (path for path in beside if has_images(path)))
@@ -198,7 +205,7 @@ def _split_lists(root: Path) -> dict[str, list[ClassItems]]:
 
 
 def _listed(root: Path, path: Path) -> list[ClassItems]:
-    """The classes of a CSV file of file names and labels."""
+    """The classes in a CSV file of file names and labels."""
     items: dict[str, list[str]] = {}
     for name, label in _table(path, ("filename", "label")):
         choices = [root / "images", root, root / "images" / label, root / label]
@@ -219,7 +226,7 @@ def _table(path: Path, columns: tuple[str, str]) -> Iterable[tuple[str, str]]:
         rows = [tuple(row[column] for column in columns) for row in csv.DictReader(text)]
         if not all(isinstance(cell, str) and cell and "\0" not in cell for r in rows for cell in r):
             raise ValueError("a cell is empty")
-    except Exception as error:  # the csv module has several kinds of errors, and stops at others'
+    except Exception as error:  # the csv module raises errors of several kinds
         expected = " and ".join(columns)
         raise DataError(
             f"{path}: no CSV file with columns {expected} in UTF-8 ({error!r})"

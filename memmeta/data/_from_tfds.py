@@ -1,7 +1,7 @@
-"""Data sets by tensorflow-datasets: `omniglot`, `cifar_fs`, `fc100`, and any other by name.
+"""Data sets from tensorflow-datasets: `omniglot`, `cifar_fs`, `fc100`, and any other by name.
 
-Read from ArrayRecord files without TensorFlow, then kept in a cache of our own. Only the first
-download and preparation of the files needs TensorFlow, in a process of its own.
+They are read from ArrayRecord files without TensorFlow, then converted to a cache of memmeta's own.
+Only the first download and preparation of the files needs TensorFlow, in a separate process.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from memmeta.data._reading import Reading
 
 READ_PIP = "pip install 'memmeta[tfds]'"
 PREPARE_PIP = "pip install 'memmeta[tfds-prepare]'"
-LARGEST = 84  # pixels a side; larger images of `tfds:NAME`, and images of varying size, become this
+LARGEST = 84  # side in pixels of `tfds:NAME` images that are larger, not square, or of varying size
 PREPARE = """
 import sys
 import tensorflow_datasets as tfds
@@ -36,13 +36,15 @@ builder.download_and_prepare()
 
 @dataclass(frozen=True)
 class Source:
-    """A prepared data set: its labels in memory, its examples on disk.
+    """A prepared data set of tensorflow-datasets: its labels in memory, its examples on disk.
+
+    Its own splits ("train", "test") are not the splits of classes that memmeta makes.
 
     Attributes:
-        examples: of each of its own splits, by number.
-        labels: of each of its own splits, for each key: the label of every example.
-        label_names: for each key.
-        channels: of its images.
+        examples: for each of its own splits, the examples by number.
+        labels: for each of its own splits and each label feature, the label of every example.
+        label_names: for each label feature, the names of the labels.
+        channels: the number of channels of its images.
     """
 
     examples: dict[str, Any]
@@ -51,7 +53,12 @@ class Source:
     channels: int = 3
 
     def classes(self, group: str | None, splits: Iterable[str]) -> list[ClassItems]:
-        """The classes found in some of its own splits, with the (split, number) of each example."""
+        """The classes in some of its own splits; a class's items are (split, number) pairs.
+
+        Args:
+            group: the label feature with the group of each class; None for no groups.
+            splits: which of its own splits to read.
+        """
         found: dict[int, list[tuple[str, int]]] = {}
         groups: dict[int, str] = {}
         for split in splits:
@@ -68,27 +75,31 @@ class Source:
 def load_tfds(
     name: str, split: str, data_dir: Path | None, reading: Reading = Reading()
 ) -> HostDataset:
-    """One split of a data set by tensorflow-datasets, downloaded and converted on first use.
+    """Load one split from tensorflow-datasets, downloaded and converted on first use.
 
-    `omniglot`: 1100, 100 and 423 characters drawn at random over all alphabets, as MAML papers do,
-    and each turned by 90, 180 and 270 degrees as classes of their own. `omniglot_alphabets`: the
-    authors' 30 background alphabets, of which five are the validation split, and 20 others; groups
-    are alphabets. Both 28 x 28, white on black. `cifar_fs` and `fc100`: 32 x 32 RGB, the published
-    class splits (`class_splits/`); groups are the superclasses. `tfds:NAME`: any builder with
-    supervised keys (image, label); the split is drawn: 64, 16 and 20 % of the classes.
+    - `omniglot`: 28 x 28, white on black; 1100, 100 and 423 characters drawn at random from all
+      alphabets, as papers on MAML do. Each character rotated by 90, 180 or 270 degrees is a class
+      of its own.
+    - `omniglot_alphabets`: 28 x 28, white on black. Train and validation are 25 and 5 of the 30
+      alphabets that Omniglot's authors call the background set, and test is the 20 others. Groups
+      are alphabets.
+    - `cifar_fs` and `fc100`: 32 x 32 RGB with the published class splits, stored in
+      `memmeta/data/_class_splits`. Groups are the superclasses.
+    - `tfds:NAME`: any builder with the features image and label. 64, 16 and 20 % of the classes are
+      assigned to the splits at random.
 
     Args:
         name: the data set's name.
         split: "train", "validation" or "test".
         data_dir: the folder of tensorflow-datasets; None: its own default.
-        reading: only what is told how far the conversion is.
+        reading: only its `progress` is used.
 
     Returns:
-        The split, memory-mapped.
+        The split, memory-mapped; `omniglot`, with its rotations, in memory.
 
     Raises:
-        DataError: an extra is not installed (the message has the pip line), the download failed,
-            or the builder is not one of images and labels.
+        DataError: a package is not installed (the message has the pip command), the download
+            failed, or the builder does not have images and labels.
     """
     cache = _cache_of(name, data_dir)
     ensure_cache(cache, lambda: make_plan(name, data_dir), reading.progress)
@@ -102,12 +113,12 @@ def _cache_of(name: str, data_dir: Path | None) -> Path:
 
 
 def is_converted(name: str) -> bool:
-    """Whether a data set is in this person's own cache already."""
+    """Whether the user's default cache has a data set already."""
     return (_cache_of(name, None) / MANIFEST).is_file()
 
 
 def make_plan(name: str, data_dir: Path | None) -> Plan:
-    """Find the classes and examples of each split; downloads and prepares the data first.
+    """Find the classes and examples of each split, after downloading the data where needed.
 
     Args:
         name: the data set's name.
@@ -133,7 +144,7 @@ def _omniglot(name: str, data_dir: Path | None) -> Plan:
     source, _ = read_source("omniglot", data_dir, ("label", "alphabet"))
 
     def read(item: tuple[str, int]) -> np.ndarray:
-        grey = 255 - _image(source, item)[..., :1]  # strokes are black there
+        grey = 255 - _image(source, item)[..., :1]  # the source has black strokes on white
         return resized(grey, 28)
 
     if name == "omniglot":
@@ -178,15 +189,16 @@ def _image(source: Source, item: tuple[str, int]) -> np.ndarray:
 def read_source(
     builder_name: str, data_dir: Path | None, keys: Sequence[str]
 ) -> tuple[Source, tuple[int | None, int | None, int]]:
-    """Open a data set of tensorflow-datasets, preparing it first if that is not done.
+    """Open a data set of tensorflow-datasets, and prepare it first where needed.
 
     Args:
-        builder_name: as in its catalogue, with a configuration after a slash where there are some.
-        data_dir: its folder; None: the default of tensorflow-datasets.
+        builder_name: its name in the catalogue of tensorflow-datasets; a configuration follows
+            after a slash.
+        data_dir: the folder of tensorflow-datasets; None: its own default.
         keys: the features that hold labels.
 
     Returns:
-        The data set and the shape of its images, None where it varies.
+        The data set, and the shape of its images, with None for a height or width that varies.
 
     Raises:
         DataError: as `load_tfds`.
@@ -200,7 +212,7 @@ def read_source(
             builder = tfds.builder(builder_name, data_dir=where)
         features = builder.info.features
         _check_features(tfds, builder_name, features, keys)
-        # images are decoded here, where only some formats are tried
+        # our own decoder reads the images, because it tries only formats that are safe to decode
         skip = {"image": tfds.decode.SkipDecoding()}
         examples, labels = dict(builder.as_data_source(decoders=skip)), {}
         for split, undecoded in examples.items():
@@ -237,11 +249,11 @@ def _tensorflow_datasets() -> Any:
 
 
 def prepare(builder_name: str, data_dir: Path | None) -> None:
-    """Download a data set and write its ArrayRecord files, in a process of its own.
+    """Download a data set and write its ArrayRecord files, in a separate process.
 
     Args:
-        builder_name: as in the catalogue of tensorflow-datasets.
-        data_dir: its folder; None: the default.
+        builder_name: its name in the catalogue of tensorflow-datasets.
+        data_dir: the folder of tensorflow-datasets; None: its own default.
 
     Raises:
         DataError: TensorFlow is not installed, or the preparation failed.

@@ -1,6 +1,6 @@
 """`glyphs`: characters of 21 scripts in 20 font styles, embedded in the package.
 
-How it is made, split and licensed: `archives/glyphs.md`.
+`archives/glyphs.md` says how the archive is built, split and licensed.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from memmeta.data._dataset import Dataset
 
 
 def load_glyphs(split: str, data_dir: Path | None) -> Dataset:
-    """The characters of one split's scripts: classes are characters, groups are scripts.
+    """The characters of one split's scripts; classes are characters and groups are scripts.
 
     Args:
         split: "train", "validation" or "test".
@@ -33,7 +33,7 @@ def load_glyphs(split: str, data_dir: Path | None) -> Dataset:
     arrays = read_archive("glyphs")
     scripts = np.flatnonzero(arrays["script_splits"] == split)
     chosen = np.isin(arrays["script"], scripts)
-    packed = arrays["images"][chosen]  # two pixels of 16 grey levels a byte, the left one high
+    packed = arrays["images"][chosen]  # two 4-bit pixels per byte, the left in the high bits
     levels = np.stack([packed >> 4, packed & 15], axis=-1).reshape(*packed.shape[:-1], -1)
     count = np.full(len(packed), packed.shape[1], np.int32)
     return Dataset(

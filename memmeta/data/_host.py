@@ -22,8 +22,8 @@ class HostDataset:
     """One split whose examples stay on the host, for data larger than the device's memory.
 
     Attributes:
-        index: the data set with the numbers of rows in place of the examples.
-        rows: `[examples, *shape]`, usually memory-mapped.
+        index: the data set with row numbers in place of the examples.
+        rows: the examples, `[examples, *shape]`, usually memory-mapped.
     """
 
     index: Dataset
@@ -55,7 +55,7 @@ class HostDataset:
 
 
 def on_host(dataset: Dataset) -> HostDataset:
-    """A data set of arrays as a `HostDataset`, so that both are sampled the same way.
+    """Convert a `Dataset` to a `HostDataset`, so that both kinds can be treated alike.
 
     Example:
         >>> import memmeta.data
@@ -70,15 +70,15 @@ def on_host(dataset: Dataset) -> HostDataset:
 
 
 def with_rotations(dataset: HostDataset) -> HostDataset:
-    """Every class four times: as it is, and turned by 90, 180 and 270 degrees as new classes.
+    """Add every class rotated by 90, 180 and 270 degrees, each rotation as a class of its own.
 
     Source: Santoro, Bartunov, Botvinick, Wierstra, Lillicrap (ICML 2016), section 4.1.
 
     Args:
-        dataset: of square images.
+        dataset: a data set of square images.
 
     Returns:
-        The data set with four times the classes, in memory.
+        The data set with four times as many classes, in the host's memory.
 
     Example:
         >>> images = np.arange(3 * 4, dtype=np.uint8).reshape(3, 2, 2, 1)
@@ -108,11 +108,11 @@ def with_rotations(dataset: HostDataset) -> HostDataset:
 class HostEpisodes:
     """Draws the tasks of `Episodes` from a data set on the host: the same tasks for the same key.
 
-    The row numbers are drawn by the compiled sampler, the rows are gathered on the host, and the
-    task is put on the device. To be called outside compiled code.
+    The compiled sampler draws row numbers, the host gathers those rows, and the task is put on the
+    device. Therefore its methods must be called outside compiled code.
 
     Attributes:
-        episodes: what an episode is.
+        episodes: the sampler that defines an episode.
 
     Example:
         >>> import memmeta.data
@@ -125,7 +125,7 @@ class HostEpisodes:
     episodes: Episodes
 
     def check(self, dataset: HostDataset) -> None:
-        """As `Episodes.check`."""
+        """Check that the data set has enough classes and examples; as `Episodes.check`."""
         self.episodes.check(dataset.index)
 
     def sample_batch(
@@ -135,7 +135,7 @@ class HostEpisodes:
         tasks: int,
         first: int | Int[Array, ""] = 0,
     ) -> Task:
-        """As `Episodes.sample_batch`."""
+        """Draw tasks number `first` to `first + tasks - 1`; as `Episodes.sample_batch`."""
         number = jnp.asarray(first, jnp.int32)
         drawn = _draw(self.episodes, dataset.index, key, tasks, number)
         support, query = np.asarray(drawn.support_inputs), np.asarray(drawn.query_inputs)
@@ -147,11 +147,11 @@ class HostEpisodes:
         return finished
 
     def stream(self, dataset: HostDataset, keys: Iterable[Array], tasks: int) -> Iterator[Task]:
-        """Draw a batch for each key in turn; the next two are made ready while one is in use.
+        """Draw a batch for each key in turn; a thread prepares the next two while one is in use.
 
         Args:
             dataset: the classes to draw from.
-            keys: one PRNG key a batch, for example that of each meta-step.
+            keys: one PRNG key for each batch, for example the key of each meta-step.
             tasks: tasks in a batch.
 
         Yields:

@@ -1,4 +1,4 @@
-"""Image files as arrays of one shape; the only module that needs Pillow."""
+"""Image files as arrays of one shape, read with Pillow."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from memmeta.data._dataset import DataError
 from memmeta.data._reading import Reading
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# whatever the suffix says; none of them starts another program, as EPS does
+# only these are decoded, whatever the file's suffix, because decoding EPS starts a program
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 GREY = ("1", "L", "LA", "La")
 COLOURED = ("CMYK", "HSV", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
@@ -29,10 +29,10 @@ def _pillow() -> Any:
 
 
 def check_colour(colour: str) -> None:
-    """Refuse what is no colour.
+    """Check the name of a colour.
 
     Raises:
-        DataError: it is none that Pillow knows.
+        DataError: Pillow does not know the colour.
     """
     _pillow()
     from PIL import ImageColor
@@ -44,10 +44,10 @@ def check_colour(colour: str) -> None:
 
 
 def is_grey(path: Path, reading: Reading) -> bool:
-    """Whether an image file has one channel beside transparency; only its header is read.
+    """Whether an image file has one channel besides transparency; only its header is read.
 
     Raises:
-        DataError: as `read_image`, as far as the header tells.
+        DataError: as `read_image`, for whatever the header already shows.
     """
     image_module = _pillow()
     try:
@@ -58,18 +58,18 @@ def is_grey(path: Path, reading: Reading) -> bool:
 
 
 def read_image(path: Path, reading: Reading, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """Read an image file: upright, on its background, resized and cropped.
+    """Read an image file: turned upright, put on a background, cropped and resized.
 
     Args:
         path: the file.
-        reading: what size, fit and background.
+        reading: the size, the fit, the background and the limits.
         channels: 3 for RGB, 1 for grey.
 
     Returns:
         The image, `[size, size, channels]`.
 
     Raises:
-        DataError: Pillow is missing, or the file is no whole image of 8 bits a channel.
+        DataError: Pillow is missing, or the file is not a complete image of 8 bits per channel.
     """
     image_module = _pillow()
     try:
@@ -77,18 +77,18 @@ def read_image(path: Path, reading: Reading, channels: int = 3) -> UInt8[np.ndar
             plain = _on_background(image_module, _upright(image), reading.background)
             plain = plain.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(plain)
-    except Exception as error:  # Pillow's readers have no error of their own
+    except Exception as error:  # Pillow's readers raise errors of many kinds
         raise _unusable(path, error) from error
     return resized(pixels.reshape(*pixels.shape[:2], channels), reading.size, reading.fit)
 
 
 def decoded(content: bytes, channels: int, where: str) -> UInt8[np.ndarray, "h w c"]:
-    """The image that stands in some bytes, as it is.
+    """Decode the bytes of an image file, without resizing the image.
 
     Args:
-        content: of an image file.
+        content: the bytes.
         channels: 1 for grey, 3 for RGB, 4 for RGB and transparency.
-        where: what the error calls it.
+        where: the name of the image in error messages.
 
     Raises:
         DataError: as `read_image`.
@@ -116,15 +116,15 @@ def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Ite
 
 
 def _unusable(path: Path | str, error: Exception) -> DataError:
-    said = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{path}: not a whole image that can be used ({said}); replace or remove it and run again "
+        f"{path}: not a whole image that can be used ({text}); replace or remove it and run again "
         "(what was converted is kept)"
     )
 
 
 def _upright(image: Any) -> Any:
-    """The image as its EXIF says it was held."""
+    """The image turned the way up that its EXIF orientation asks for."""
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image)
@@ -144,12 +144,12 @@ def resized(
     """Make an image `size` x `size` pixels (Lanczos).
 
     Args:
-        image: of one channel (grey) or three.
-        size: pixels a side.
+        image: an image with one channel (grey) or three.
+        size: the length of a side in pixels.
         fit: see `Reading`.
 
     Returns:
-        The image; the very same pixels where it has that size.
+        The resized image; `image` itself where it has that size already.
     """
     height, width, channels = image.shape
     if (height, width) == (size, size):

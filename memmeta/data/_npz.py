@@ -1,4 +1,4 @@
-"""`npz`: a data set from a tree of .npz files, read as plain arrays."""
+"""`npz`: a data set read from .npz files of plain arrays."""
 
 import zipfile
 from pathlib import Path
@@ -15,24 +15,27 @@ KEYS = {"images", "labels", "groups"}
 
 
 def load_npz(name: str, split: str, data_dir: Path | None, reading: Reading = Reading()) -> Dataset:
-    """One split of a data set of .npz files.
+    """Load one split of a data set of .npz files.
 
-    For each split either `<split>.npz` with the arrays `images` and `labels`, and `groups` where
-    there are some, as `Dataset.from_arrays` takes them; or a folder `<split>/` of .npz files, each
-    with the array `images` of one class, which has the file's name; its group is the folder above.
+    Each split is one of
+
+    - a file `<split>.npz` with the arrays `images`, `labels` and optionally `groups`, as
+      `Dataset.from_arrays` takes them;
+    - a folder `<split>/` with one .npz file for each class, which holds the array `images`. The
+      class has the name of the file, and its group is the folder above the file.
 
     Args:
         name: "npz".
-        split: "train", "validation" or "test"; the names of files and folders are matched as for
-            `folder`.
-        data_dir: where they are.
-        reading: its limits.
+        split: "train", "validation" or "test"; other spellings in the names of files and folders,
+            such as Val, are accepted as for the data set `folder`.
+        data_dir: the folder with the files of all splits.
+        reading: only its `limits` are used.
 
     Returns:
         The split.
 
     Raises:
-        DataError: the split is not there, or a file cannot be used.
+        DataError: the split is missing, or a file cannot be used.
     """
     if data_dir is None or not data_dir.is_dir():
         raise DataError(f"{name}: data_dir={data_dir} is no folder: name that of the .npz files")
@@ -76,7 +79,7 @@ def _classes(folder: Path, limits: Limits) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path, needed: set[str], limits: Limits) -> dict[str, Any]:
-    """The arrays of one file, of which nothing is unpickled."""
+    """Read the arrays of one file, without unpickling anything."""
     most = limits.unpacked(path.stat().st_size)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -87,7 +90,7 @@ def _read(path: Path, needed: set[str], limits: Limits) -> dict[str, Any]:
             )
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key] for key in arrays.files if key in KEYS}
-    except Exception as error:  # NumPy and zipfile have no error of their own
+    except Exception as error:  # NumPy and zipfile raise errors of many kinds
         raise DataError(f"{path}: no archive of plain arrays ({error})") from error
     missing = sorted(needed - found.keys())
     if missing:

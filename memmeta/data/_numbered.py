@@ -1,4 +1,4 @@
-"""Endless numbered lists of tasks: task i of a list depends on the list's key and on i alone."""
+"""Endless sequences of tasks: task i depends only on the sequence's key and on i."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,15 @@ from memmeta.problem import Task
 def task_keys(
     key: PRNGKeyArray, tasks: int, first: int | Int[Array, ""] = 0
 ) -> Key[Array, " tasks"]:
-    """The keys of tasks number `first` to `first + tasks - 1` of the list that `key` names.
+    """The keys of tasks number `first` to `first + tasks - 1` of the sequence that `key` defines.
 
     Args:
-        key: the PRNG key of the list.
+        key: the PRNG key of the sequence.
         tasks: how many keys.
-        first: the number of the first one; may be traced.
+        first: the number of the first task; may be traced.
 
     Returns:
-        `[tasks]` keys, key i made by `jax.random.fold_in(key, i)`.
+        `[tasks]` keys; the key of task number i is `jax.random.fold_in(key, i)`.
 
     Example:
         >>> keys = task_keys(jax.random.key(0), 3, first=1)
@@ -37,13 +37,15 @@ def sample_numbered(
     tasks: int,
     first: int | Int[Array, ""] = 0,
 ) -> Task:
-    """Draw a stretch of the list that `key` names, so that chunks and devices change nothing.
+    """Draw tasks number `first` to `first + tasks - 1` of the sequence that `key` defines.
+
+    Drawing them in several calls or on several devices gives the same tasks.
 
     Args:
-        sample: draws one task by its own key.
-        key: the PRNG key of the list.
+        sample: function that draws one task from the task's own key.
+        key: the PRNG key of the sequence.
         tasks: how many tasks to draw.
-        first: the number of the first one; may be traced.
+        first: the number of the first task; may be traced.
 
     Returns:
         The tasks, every array with a leading axis of length `tasks`.

@@ -1,4 +1,4 @@
-"""What to convert: the classes of each split, and how one example is read."""
+"""The plan of a conversion: the classes of each split, and how one example is read."""
 
 import hashlib
 from collections import Counter
@@ -12,9 +12,13 @@ from memmeta.data._dataset import DataError
 
 
 class ClassItems(NamedTuple):
-    """One class of a data set to convert: its name, its group, and where its examples are.
+    """One class of a data set to convert.
 
-    `stamp` changes when the examples do, as far as that can be seen without reading them.
+    Attributes:
+        name: the class's name.
+        group: the name of its group.
+        items: one entry for each example, which `Plan.read` turns into the example.
+        stamp: a text that changes when the examples change, as far as file sizes and times show it.
     """
 
     name: str
@@ -25,13 +29,14 @@ class ClassItems(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to convert.
+    """The plan of a conversion.
 
     Attributes:
         name: the data set's name.
-        shape: of every example.
+        shape: the shape of every example.
         splits: the classes of each split.
-        read: item -> one example, uint8 of that shape; called from several threads.
+        read: function from an item of a class to the example, uint8 of that shape; it is called
+            from several threads.
         within_group: see `Dataset`.
     """
 
@@ -42,10 +47,10 @@ class Plan:
     within_group: bool = False
 
     def check(self) -> None:
-        """Refuse a plan whose classes are empty, or are in two splits or twice in one.
+        """Check that no split or class is empty, and that every class name occurs once.
 
         Raises:
-            DataError: it is such a plan.
+            DataError: a split or class is empty, or a class name occurs twice.
         """
         for split, classes in self.splits.items():
             if not classes:
@@ -66,7 +71,7 @@ class Plan:
             )
 
     def fingerprint(self) -> str:
-        """What tells this plan from another: names, numbers and order of everything in it."""
+        """A hash of the names and items of all classes in order; it leaves the stamps out."""
         unstamped = {
             split: [item._replace(stamp="") for item in classes]
             for split, classes in self.splits.items()
@@ -75,7 +80,7 @@ class Plan:
 
 
 def fingerprint(splits: dict[str, list[ClassItems]], about: Any = None) -> str:
-    """What tells some classes from others: names, numbers, stamps and order of all in them."""
+    """A hash of the names, groups, items and stamps of all classes in order, and of `about`."""
     digest = hashlib.sha256(repr(about).encode())
     for split, classes in sorted(splits.items()):
         digest.update(repr((split, [tuple(item) for item in classes])).encode())

@@ -1,4 +1,4 @@
-"""How files of a person's own become a data set, and how far they are trusted."""
+"""How the user's own files are read as a data set, and the limits on what they may contain."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,7 +7,10 @@ from typing import Literal, TypeAlias
 
 Advance: TypeAlias = Callable[[int], None]
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
-"""(what is done, how many examples) -> a context whose value is called with each number done."""
+"""(description, total number of examples) -> a context manager.
+
+It yields a function that is called with the number of examples done since the last call.
+"""
 
 
 @contextmanager
@@ -18,17 +21,17 @@ def silent(what: str, total: int) -> Iterator[Advance]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may ask of the machine; beyond it is refused by name."""
+    """Limits on the user's files; a file beyond one is refused, and the error names the limit."""
 
     most_pixels: int = 2**25
-    """Pixels of one image."""
+    """Most pixels in one image."""
     most_unpacked: int | None = None
-    """Bytes that an archive unpacks to; None: 20 times its own size, and at least 64 MiB."""
+    """Most bytes that an archive unpacks to; None: 20 times its own size, and at least 64 MiB."""
     most_members: int = 2_000_000
-    """Files in an archive."""
+    """Most files in an archive."""
 
     def unpacked(self, packed: int) -> int:
-        """Bytes that an archive of `packed` bytes may unpack to."""
+        """The most bytes that an archive of `packed` bytes may unpack to."""
         return max(2**26, 20 * packed) if self.most_unpacked is None else self.most_unpacked
 
 
@@ -37,12 +40,12 @@ class Reading:
     """How image files are read.
 
     Args:
-        size: pixels a side.
-        fit: "crop" resizes the short side and takes the middle; "squeeze" resizes both sides, each
-            by its own factor.
-        background: what shows through where an image is transparent: a name or "#rrggbb".
-        limits: what a file may ask of the machine.
-        progress: told how far a conversion or a check is.
+        size: the length of a side in pixels; images become square.
+        fit: "crop" takes the largest square in the middle and resizes it; "squeeze" resizes both
+            sides, each by its own factor.
+        background: the colour behind transparent images: a name or "#rrggbb".
+        limits: limits on what a file may contain.
+        progress: shows how far a conversion or a check is.
 
     Example:
         >>> Reading(size=28, background="black").fit
@@ -57,7 +60,7 @@ class Reading:
 
     @property
     def name(self) -> str:
-        """What tells conversions of the same images apart; empty for the defaults."""
+        """Suffix of the cache's name for this size, fit and background; empty for the defaults."""
         default = Reading()
         if (self.size, self.fit, self.background) == (default.size, default.fit, "white"):
             return ""

@@ -24,10 +24,13 @@ Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
 
 
 class Source(NamedTuple):
-    """Where a data set comes from: its name, and (name, split, data_dir) -> the split.
+    """An entry in the list of data sets.
 
-    A name that ends in a colon stands for all names that begin so. `outside`: whether it reads or
-    makes files that the package does not bring; its function then takes a `Reading` too.
+    Attributes:
+        name: the data set's name; one that ends in a colon stands for all names that begin with it.
+        load: function of (name, split, data_dir) that returns the split.
+        outside: whether it reads or makes files outside the package; `load` then takes a `Reading`
+            as its fourth argument.
     """
 
     name: str
@@ -51,7 +54,7 @@ SOURCES = [
     Source("folder", folders.load_folder, outside=True),
     Source("folder:", folders.load_folder, outside=True),
 ]
-"""Every data set, by name; adding one is one file and one line here."""
+"""Every data set; a new one needs a module of its own and a line here."""
 
 
 def load(
@@ -66,15 +69,15 @@ def load(
             `data_dir`.
         split: "train", "validation" or "test"; no class is in two splits.
         data_dir: the folder of data sets that are not embedded in the package.
-        reading: how image files are read, and what they may ask of the machine.
+        reading: how image files are read, and the limits on their size.
 
     Returns:
-        The split: a `Dataset`, its examples grouped by class and stored as uint8, or a family of
-        curves. `sampler` gives what draws tasks from it.
+        The split: a `Dataset`, with examples grouped by class and stored as uint8, or a family of
+        curves. `sampler` returns the object that draws tasks from it.
 
     Raises:
         DataError: the name or the split is unknown; the files are missing, truncated or altered;
-            or an extra that reads them is not installed.
+            or a package that is needed to read them is not installed.
 
     Example:
         >>> train = load("glyphs", "train")
@@ -88,9 +91,10 @@ def load(
 def load_host(
     name: str, split: str, data_dir: str | Path | None = None, reading: Reading = Reading()
 ) -> HostDataset:
-    """Load one split of a data set and leave its examples on the host, memory-mapped if it can be.
+    """Load one split of a data set and leave its examples on the host.
 
-    For data larger than the device's memory; `HostEpisodes` draws its tasks.
+    For data larger than the device's memory. Data sets that are converted from files are
+    memory-mapped, the others are in the host's memory. `HostEpisodes` draws the tasks.
 
     Args:
         name: as for `load`.
@@ -102,7 +106,7 @@ def load_host(
         The split.
 
     Raises:
-        DataError: as `load`, and where the data set is a family of curves.
+        DataError: as `load`; or the data set is a family of curves.
     """
     found = _load(name, split, data_dir, reading)
     if isinstance(found, Dataset):
@@ -113,7 +117,7 @@ def load_host(
 
 
 def touches_files(name: str, data_dir: Path | None) -> bool:
-    """Whether loading a data set reads, makes or downloads files, if it were done now.
+    """Whether loading a data set now would use files outside the package and the user's cache.
 
     Args:
         name: as for `load`.
@@ -159,23 +163,23 @@ def sampler(
     cross_family: bool = False,
     augmentation: Augmentation | None = None,
 ) -> Episodes | HostEpisodes | Points:
-    """The sampler that belongs to a data set: `Episodes` of classes, or `Points` of curves.
+    """The sampler that fits a data set: `Episodes` for classes, `Points` for curves.
 
     Args:
-        dataset: from `load`, or from `load_host`: its sampler is `HostEpisodes`.
-        ways: classes in a task, see `Episodes`; curves have none and take no notice of it.
-        shots: support examples of each class, or support points.
-        queries: query examples of each class, or query points.
+        dataset: a split from `load`, or from `load_host`, whose sampler is `HostEpisodes`.
+        ways: classes in a task, see `Episodes`; ignored for curves.
+        shots: support examples of each class, or support points of a curve.
+        queries: query examples of each class, or query points of a curve.
         within_group: see `Episodes`; only for classes.
         cross_family: see `Episodes`; only for classes.
-        augmentation: of the images; only for classes.
+        augmentation: applied to the images, see `Episodes`; only for classes.
 
     Returns:
-        The sampler; all kinds are frozen dataclasses with `check` and `sample_batch`.
+        The sampler; every kind is a frozen dataclass with `check` and `sample_batch`.
 
     Raises:
-        DataError: `within_group`, `cross_family`, an augmentation or a range of shots is asked of
-            curves.
+        DataError: the data set has curves, and `within_group`, `cross_family`, an augmentation or a
+            range of shots was given.
 
     Example:
         >>> sampler(load("tides", "train"), shots=10)

@@ -1,4 +1,4 @@
-"""A .npy file of uint8 rows that is written part by part."""
+"""A .npy file of uint8 rows that is written in several parts."""
 
 import hashlib
 import io
@@ -12,15 +12,15 @@ import numpy as np
 
 
 class Rows:
-    """The rows of an array on disk, as an interrupted conversion left them or new.
+    """The rows of an array on disk: new, or as an interrupted conversion left them.
 
-    Written by plain writes and not through a memory map, in which a full disk is a SIGBUS that
-    ends the process without a word.
+    They are written by plain writes, because a write through a memory map to a full disk ends the
+    process by SIGBUS, without an error message.
 
     Args:
-        path: of the .npy file; one of another shape is replaced.
-        number: of rows.
-        shape: of each row.
+        path: the .npy file; an existing file of another shape is replaced.
+        number: the number of rows.
+        shape: the shape of each row.
     """
 
     def __init__(self, path: Path, number: int, shape: tuple[int, ...]) -> None:
@@ -32,7 +32,7 @@ class Rows:
 
     def __enter__(self) -> "Rows":
         if not self._fits():
-            self.path.unlink(missing_ok=True)  # a process that still reads the old one keeps it
+            self.path.unlink(missing_ok=True)  # processes that have it open can still read it
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             with open(os.open(self.path, flags, 0o666), "wb") as file:
                 file.write(self.head)
@@ -42,7 +42,7 @@ class Rows:
         return self
 
     def _fits(self) -> bool:
-        """Whether the file there is one of this shape."""
+        """Whether there is a file of this shape already."""
         try:
             with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                 begins = file.read(self.begin) == self.head
@@ -59,7 +59,7 @@ class Rows:
         self.file.close()
 
     def digest(self, start: int, number: int) -> str:
-        """The SHA-256 of some rows as they are."""
+        """The SHA-256 of `number` rows from `start` on, as they are on disk."""
         self.file.seek(self.begin + start * self.size)
         digest = hashlib.sha256()
         for _ in range(number):
@@ -67,10 +67,10 @@ class Rows:
         return digest.hexdigest()
 
     def write(self, start: int, examples: Iterator[np.ndarray]) -> str:
-        """Write rows from `start` on.
+        """Write examples to the rows from `start` on.
 
         Returns:
-            Their SHA-256.
+            The SHA-256 of the rows written.
 
         Raises:
             OSError: the disk is full.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 @jax.tree_util.register_dataclass
-@no_type_check  # JAX also builds it with stand-ins for the arrays: shapes, axes, shardings
+@no_type_check  # JAX also builds it with placeholders for the arrays: shapes, axes, shardings
 @dataclass(frozen=True)
 class Sinusoid:
     r"""Sine curves of random amplitude and phase.
@@ -18,10 +18,10 @@ class Sinusoid:
     $$y = A \sin(x - b), \qquad A \sim U[0.1, 5], \; b \sim U[0, \pi], \; x \sim U[-5, 5]$$
 
     Args:
-        amplitude: `[2]`, the least and the largest A.
-        phase: `[2]`, the least and the largest b, in radians.
-        split: "train", "validation" or "test": all three are the same family, as in the source,
-            and only the key keeps their tasks apart.
+        amplitude: `[2]`, the smallest and the largest A.
+        phase: `[2]`, the smallest and the largest b, in radians.
+        split: "train", "validation" or "test"; all three are the same family, as in the source,
+            and their tasks differ only by the key they are drawn with.
         name: the data set's name.
 
     Source: Finn, Abbeel, Levine (ICML 2017), section 5.1.
@@ -40,7 +40,7 @@ class Sinusoid:
     def draw(
         self, key: PRNGKeyArray, points: int
     ) -> tuple[Float[Array, "points 1"], Float[Array, "points 1"]]:
-        """Draw one curve and points of it.
+        """Draw one curve and points on it.
 
         Args:
             key: the PRNG key.
@@ -60,7 +60,7 @@ def _between(key: PRNGKeyArray, ends: Float[Array, " 2"]) -> Float[Array, ""]:
 
 
 def load_sinusoid(split: str, data_dir: Path | None) -> Sinusoid:
-    """The family of the source's experiments, the same for every split.
+    """The sine curves of the source's experiments, the same family for every split.
 
     Args:
         split: "train", "validation" or "test".

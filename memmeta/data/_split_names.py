@@ -1,4 +1,4 @@
-"""Which folders or files of a tree are its splits, by their names."""
+"""Recognition of a data set's split folders and split files by their names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ FILLERS = {"meta", "image", "images", "img", "imgs", "set", "data", "class", "cl
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name stands for, whatever its case; None where it stands for none.
+    """The split that a name stands for, in any case of letters; None if it stands for none.
 
     Example:
         >>> split_of("Val"), split_of("holdout")
@@ -31,11 +31,11 @@ def split_of(name: str) -> str | None:
 
 
 def looks_like_split(name: str, *, alone: bool = False) -> bool:
-    """Whether a name is probably meant as a split's.
+    """Whether a name is probably meant as the name of a split.
 
     Args:
-        name: of a folder.
-        alone: whether the name must say nothing else.
+        name: the name of a folder or file.
+        alone: whether a name with other meaningful words in it does not count.
 
     Example:
         >>> looks_like_split("train_2017"), looks_like_split("metaTrain"), looks_like_split("tests")
@@ -50,14 +50,17 @@ def looks_like_split(name: str, *, alone: bool = False) -> bool:
 
 
 def find_splits(root: Path, suffix: str = "") -> dict[str, Path]:
-    """The folder of each split, or its file with that suffix, as far as they are there.
+    """Find the folder of each split, or the file of each split with a given suffix.
 
     Args:
-        root: the folder that they are in.
-        suffix: of the files, such as ".csv"; empty: folders.
+        root: the folder to look in.
+        suffix: the suffix of the files, such as ".csv"; empty to look for folders.
+
+    Returns:
+        The paths by split; splits that are missing are left out.
 
     Raises:
-        DataError: two stand for the same split.
+        DataError: two names stand for the same split.
     """
     found: dict[str, Path] = {}
     for path in sorted(root.iterdir()):
@@ -77,15 +80,15 @@ def find_splits(root: Path, suffix: str = "") -> dict[str, Path]:
 def completed(
     root: Path, splits: dict[str, list[ClassItems]], seed: int
 ) -> dict[str, list[ClassItems]]:
-    """All three splits; one that is missing is drawn from the classes of train, and said aloud.
+    """All three splits; a missing one is drawn from the train classes, and a message is logged.
 
     Args:
-        root: of the data set, for messages.
-        splits: the classes of the splits that are there.
-        seed: of the draw.
+        root: the folder of the data set, for messages.
+        splits: the classes of the splits that exist.
+        seed: the seed of the random draw.
 
     Raises:
-        DataError: train is missing, or only one is there.
+        DataError: train is missing, or more than one split is.
     """
     missing = [split for split in SPLITS if split not in splits]
     if not missing:
@@ -108,14 +111,14 @@ def completed(
 
 
 def refuse_others(root: Path, others: Iterable[Path]) -> None:
-    """Refuse what stands where splits stand and is none of them.
+    """Refuse folders or files beside the splits that may be splits under an unknown name.
 
     Args:
-        root: of the data set.
-        others: folders beside the splits with images in them, or lists with names of splits.
+        root: the folder of the data set.
+        others: folders with images in them, or CSV files with names like those of splits.
 
     Raises:
-        DataError: there is one.
+        DataError: `others` is not empty.
     """
     for path in others:
         raise DataError(
@@ -125,14 +128,14 @@ def refuse_others(root: Path, others: Iterable[Path]) -> None:
 
 
 def refuse_unclear(root: Path, classes: Sequence[ClassItems]) -> None:
-    """Refuse class folders of which the split is to be drawn, but which seem to be in splits.
+    """Refuse to split classes at random if their folders seem to be divided into splits already.
 
     Args:
-        root: of the data set.
-        classes: all of them.
+        root: the folder of the data set.
+        classes: all classes.
 
     Raises:
-        DataError: folders above classes, or several classes, have names of splits.
+        DataError: a folder above a class, or several classes, have names like those of splits.
     """
     above = {part for item in classes for part in item.name.split("/")[:-1]}
     unclear = sorted(name for name in above if looks_like_split(name))

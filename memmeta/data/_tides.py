@@ -1,6 +1,6 @@
 """`tides`: the water level at real tide stations, from measured harmonic constants.
 
-Where the constants are from and how they are split: `archives/tides.md`.
+`archives/tides.md` says where the constants are from and how the stations are split.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ DAYS = 6940  # 19 years, after which sun and moon come back to nearly the same p
 
 
 @jax.tree_util.register_dataclass
-@no_type_check  # JAX also builds it with stand-ins for the arrays: shapes, axes, shardings
+@no_type_check  # JAX also builds it with placeholders for the arrays: shapes, axes, shardings
 @dataclass(frozen=True)
 class Tides:
     r"""The tide at a random station in a random window of 24 hours.
@@ -27,18 +27,19 @@ class Tides:
     $$y(t) = \frac1\sigma \sum_c A_c \cos(\text{speed}_c \, t + \phi_c), \qquad
       \sigma^2 = \tfrac12 \sum_c A_c^2$$
 
-    The input is the time in the window, from -1 at its start to 1 at its end; the target the height
-    above mean sea level in units of the station's own standard deviation σ, so that a mean squared
-    error is a share of the variance. Windows start at any hour of the 19 years from 2000 on.
+    The input is the time within the window, from -1 at its start to 1 at its end. The target is the
+    height above mean sea level, divided by the station's own standard deviation σ, so that a mean
+    squared error is a fraction of the variance. Windows start at any time in the 19 years from 2000
+    on.
 
     Args:
         amplitude: A / σ of each station and constituent.
-        phase: φ at 2000-01-01 00:00 UTC, in turns of 2⁻³²; integers, so that the phase after any
-            number of days is exact.
-        turns_a_day: what a day adds to φ, in turns of 2⁻³².
-        speed: radians an hour.
-        split: "train", "validation" or "test"; no station is in two.
-        station_names: one name a station.
+        phase: φ at 2000-01-01 00:00 UTC, as a whole number of 2⁻³² turns; integers, so that the
+            phase after any number of days is exact.
+        turns_a_day: the change of φ in one day, as a whole number of 2⁻³² turns.
+        speed: of each constituent, in radians per hour.
+        split: "train", "validation" or "test"; no station is in two splits.
+        station_names: the name of each station.
         name: the data set's name.
     """
 
@@ -58,14 +59,14 @@ class Tides:
     def draw(
         self, key: PRNGKeyArray, points: int
     ) -> tuple[Float[Array, "points 1"], Float[Array, "points 1"]]:
-        """Draw a station, a window, and points in it.
+        """Draw a station, a window, and points in the window.
 
         Args:
             key: the PRNG key.
             points: how many points.
 
         Returns:
-            Inputs in [-1, 1] and heights, float32.
+            Inputs in [-1, 1] and heights in units of σ, float32.
         """
         station_key, day_key, hour_key, input_key = jax.random.split(key, 4)
         station = jax.random.randint(station_key, (), 0, self.amplitude.shape[0], jnp.int32)
@@ -80,14 +81,15 @@ class Tides:
         """The height at one station, in units of its standard deviation.
 
         Args:
-            station: its index.
+            station: the station's index.
             day: days since 2000-01-01.
-            hours: hours since that day's 00:00 UTC; some days at most.
+            hours: hours since 00:00 UTC of that day; at most a few days' worth, so that float32
+                stays accurate.
 
         Returns:
             The height at each time.
         """
-        # integers modulo 2^32 are turns modulo 1
+        # uint32 arithmetic wraps at 2^32, which drops whole turns without a rounding error
         turns = self.phase[station] + jnp.asarray(day).astype(jnp.uint32) * self.turns_a_day
         phase = turns.astype(jnp.float32) * jnp.float32(2 * np.pi / 2**32)
         waves = jnp.cos(hours[..., None].astype(jnp.float32) * self.speed + phase)
@@ -102,7 +104,7 @@ def load_tides(split: str, data_dir: Path | None) -> Tides:
         data_dir: not used; the archive is inside the package.
 
     Returns:
-        The family of curves.
+        The tide curves of the split's stations.
 
     Raises:
         DataError: the archive is missing, truncated or altered.
@@ -132,5 +134,5 @@ def load_tides(split: str, data_dir: Path | None) -> Tides:
 
 
 def _turns(degrees: np.ndarray) -> np.ndarray:
-    """Angles in turns of 2⁻³², modulo one turn."""
+    """Convert degrees to whole numbers of 2⁻³² turns, modulo one turn."""
     return (np.round(degrees / 360 % 1 * 2**32).astype(np.int64) % 2**32).astype(np.uint32)

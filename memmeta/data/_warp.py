@@ -10,23 +10,24 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 @dataclass(frozen=True)
 class Warp:
-    r"""Turn, stretch, shear and shift every image by itself, at random.
+    r"""Rotate, stretch, shear and shift each image independently at random.
 
     $$x'(p) = x(A p + b), \quad
       A = \begin{pmatrix} \cos a & -\sin a \\ \sin a & \cos a \end{pmatrix}
           \begin{pmatrix} e^{s_1} & k \\ 0 & e^{s_2} \end{pmatrix}$$
 
-    for pixels p = (down, right) counted from the middle; between pixels x is bilinear, outside the
-    image it is 0. a, s₁, s₂, k and b / side are uniform between plus and minus the figures below.
+    for pixels p = (down, right) relative to the image's centre. Between pixels x is interpolated
+    bilinearly, and outside the image it is 0. a, s₁, s₂, k and b / side are drawn uniformly between
+    plus and minus the arguments below.
 
     Args:
-        angle: of the rotation, in radians.
-        stretch: logarithm of the two scales.
-        shear: k.
-        shift: of the side of the image.
+        angle: the largest rotation a, in radians.
+        stretch: the largest logarithm s₁, s₂ of the two scales.
+        shear: the largest shear k.
+        shift: the largest shift b, as a fraction of the image's side.
 
     Raises:
-        ValueError: a figure is negative.
+        ValueError: an argument is negative.
 
     Example:
         >>> images = jnp.full((2, 8, 8, 1), 255, jnp.uint8)
@@ -48,14 +49,14 @@ class Warp:
     def __call__(
         self, key: PRNGKeyArray, images: Shaped[Array, "images height width channels"]
     ) -> Shaped[Array, "images height width channels"]:
-        """Warp images; pure.
+        """Warp a batch of images; a pure function.
 
         Args:
             key: the PRNG key.
-            images: uint8 or floating.
+            images: integer or floating-point images.
 
         Returns:
-            The images, of the same dtype.
+            The warped images, of the same dtype; integers are rounded.
         """
         drawn = jax.random.uniform(key, (len(images), 6), jnp.float32, -1, 1)
         return jax.vmap(self._warp)(images, drawn)

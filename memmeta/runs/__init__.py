@@ -1,4 +1,4 @@
-"""Whole runs: their configuration, training, checkpoints, what a person sees, reports."""
+"""Training runs: configuration, training, checkpoints, progress display, and reports."""
 
 from memmeta.runs import checkpoints
 from memmeta.runs._config import Config, UserError

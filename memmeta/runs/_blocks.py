@@ -1,4 +1,4 @@
-"""The meta-steps between two log points: one program, or for data on the host one a step."""
+"""The meta-steps between two log points, run as one program or, for host data, one per step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from memmeta.problem import Batch
 
 @dataclass(frozen=True)
 class Block:
-    """(state, train split, count) -> (state, mean metrics) of `count` meta-steps.
+    """A function that makes several meta-steps and averages their metrics.
 
-    The state is donated.
+    The buffers of the state passed in are donated: that state cannot be used afterwards.
 
     Attributes:
-        run: the function.
-        program: what it has compiled; `.memory_analysis()` tells what that needs.
+        run: function from (state, train split, count) to (state, mean metrics).
+        program: the compiled program, whose `memory_analysis()` says how much memory it needs.
     """
 
     run: Callable[..., tuple[MetaState, Metrics]]
@@ -32,7 +32,7 @@ class Block:
     def __call__(
         self, state: MetaState, dataset: Dataset | HostDataset, count: int
     ) -> tuple[MetaState, Metrics]:
-        """Make `count` meta-steps."""
+        """Make `count` meta-steps; returns the new state and the mean metrics."""
         return self.run(state, dataset, jnp.int32(count))
 
 
@@ -43,19 +43,20 @@ def on_device(
     dataset: Dataset,
     everywhere: NamedSharding | None,
 ) -> Block:
-    """A block as one program, which draws its tasks as it goes.
+    """A block that is one compiled program, which also draws the tasks.
 
-    The count is traced, so that one compilation serves the last, shorter block too.
+    The count is traced, so that the last block, which may be shorter, needs no compilation of its
+    own.
 
     Args:
-        step: one outer iteration.
-        batch: (state, split) -> the tasks of the next meta-step.
-        state: any of the run.
+        step: the function that makes one meta-step.
+        batch: function from (state, split) to the tasks of the next meta-step.
+        state: any state of the run; only its shapes and dtypes matter.
         dataset: the train split.
-        everywhere: where the state is; None on one device.
+        everywhere: the sharding that copies the state to every device; None on one device.
     """
 
-    @jax.jit  # traced once, for its shapes and for the loop
+    @jax.jit  # so that the shapes and the loop below share one trace
     def one_step(state: MetaState, dataset: Dataset) -> tuple[MetaState, Metrics]:
         state, metrics = step.update(state, batch(state, dataset))
         return state, metrics._replace(tasks=None)
@@ -84,14 +85,14 @@ def on_host(
     batch: Batch,
     everywhere: NamedSharding | None,
 ) -> Block:
-    """A block of one call a meta-step; the next tasks are gathered on the host meanwhile.
+    """A block that calls a program for each meta-step, while the host gathers the next tasks.
 
     Args:
-        step: one outer iteration.
-        batches: (state, split, count) -> the tasks of the next `count` meta-steps.
-        state: any of the run.
-        batch: any of the run.
-        everywhere: where the state is; None on one device.
+        step: the function that makes one meta-step.
+        batches: function from (state, split, count) to the tasks of the next `count` meta-steps.
+        state: any state of the run; only its shapes and dtypes matter.
+        batch: the tasks of any meta-step; only their shapes and dtypes matter.
+        everywhere: the sharding that copies the state to every device; None on one device.
     """
 
     @partial(jax.jit, donate_argnums=(0, 1), out_shardings=everywhere)
@@ -116,13 +117,16 @@ def on_host(
 
 
 def _nothing(shapes: Metrics) -> Metrics:
-    """The sum of no metrics."""
+    """The value to start a sum of metrics from: zeros, and infinity as smallest curvature."""
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return _with_smallest(zeros, lambda curvature: jnp.full_like(curvature, jnp.inf), zeros)
 
 
 def _sum(total: Metrics, found: Metrics) -> Metrics:
-    """Two metrics' sum, each average times the tasks it is over; the smaller smallest curvature."""
+    """Add the metrics of one meta-step to a total.
+
+    Averages are weighted by the number of tasks used, and the smallest curvature is the minimum.
+    """
     some = found.used > 0
 
     def weigh(average: Array) -> Array:
@@ -134,7 +138,7 @@ def _sum(total: Metrics, found: Metrics) -> Metrics:
 
 
 def _means(total: Metrics) -> Metrics:
-    """The averages of several meta-steps over all tasks used; counts stay sums."""
+    """Turn a total into averages over all tasks used; counts stay sums."""
     nothing = total.used == 0
     means = jax.tree.map(lambda x: x / total.used.astype(x.dtype) if is_inexact(x) else x, total)
     unknown = lambda curvature: jnp.where(nothing, jnp.nan, curvature)  # noqa: E731
@@ -146,7 +150,7 @@ def _means(total: Metrics) -> Metrics:
 
 
 def _with_smallest(metrics: Metrics, combine: Callable[..., Array], *parts: Metrics) -> Metrics:
-    """The metrics with the smallest curvature made of those of the parts, where there is one."""
+    """Set the smallest curvature to `combine` of that of the parts, if the metrics have one."""
     if metrics.report.smallest_curvature is None:
         return metrics
     smallest = combine(*(part.report.smallest_curvature for part in parts))

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between runs."""
+"""The cache that keeps compiled programs between runs."""
 
 import logging
 import os
@@ -12,10 +12,11 @@ log = logging.getLogger("memmeta")
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, where nobody else can put any.
+    """Keep compiled programs between runs in a folder that only the user can write to.
 
-    They are run as they are found. So the folder, the user's own choice or ours, must be one that
-    only the user can write to; ours is never below the current directory.
+    Programs in the cache are executed without a check, so one that others can write to is not used.
+    The user chooses the folder by `JAX_COMPILATION_CACHE_DIR`; the default one is not used if it is
+    below the current directory, unless the home folder is too.
     """
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -25,7 +26,7 @@ def use_compilation_cache() -> None:
         folder = Path(chosen) if chosen else user_cache() / "compiled"
         here = Path.cwd().resolve()
         below = folder.resolve().is_relative_to(here) and not Path.home().is_relative_to(here)
-        if below and not chosen:  # a stranger's folder may bring a cache of its own
+        if below and not chosen:  # a downloaded folder may contain a forged cache
             raise FileError(f"{folder} is below the current directory")
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)

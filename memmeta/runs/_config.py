@@ -1,4 +1,4 @@
-"""What a run is: one dataclass, which the command line, the run folder and `train` share."""
+"""The options of a run: one dataclass for the command line, the run folder and `train`."""
 
 import dataclasses
 import inspect
@@ -25,7 +25,7 @@ else:
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback."""
+    """An error that the user can correct; the command line shows it without a traceback."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Config:
     """Options of a training run."""
 
     method: Method = "memory_reduced"
-    """Which method of the literature to train."""
+    """The method to train."""
     data: str = "glyphs"
-    """Data set: its train split is trained on, its test split is reported on."""
+    """Data set; training uses its train split, and the final report its test split."""
     data_dir: Path | None = None
     """Folder of data sets that are not embedded in the package."""
     on_host: bool = False
-    """Leave the data on the host, memory-mapped where they come from a folder or a download, for
-    those larger than the device's memory; the tasks are the same."""
+    """Leave the data on the host, for data larger than the device's memory; the tasks are the same.
+    Data from a folder or a download are memory-mapped."""
     image_size: int = 84
-    """Pixels a side that image files of a folder are resized to."""
+    """Side in pixels of the square that image files of a folder are resized to."""
     image_fit: Literal["crop", "squeeze"] = "crop"
-    """How: by the short side, then the middle; or both sides, each by its own factor."""
+    """How images become square: take the middle, or resize each side by its own factor."""
     background: str = "white"
-    """What shows through where an image file is transparent: a colour's name, or #rrggbb."""
+    """Colour behind transparent image files: a name, or #rrggbb."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1
@@ -56,35 +56,38 @@ class Config:
     test_queries: int = 15
     """Query examples of each class in evaluation."""
     uneven: bool = False
-    """Take classes that have too few examples for SHOTS and QUERIES too, with those they have."""
+    """Also use classes that have fewer examples than SHOTS and QUERIES ask for."""
     cross_family: bool | None = None
-    """Train on support and query examples from different families, such as font families; None:
-    where the training split has several."""
+    """Train on support and query examples from different families, such as font families; None: if
+    the training split has several families."""
     warp: float = 0.15
-    """Turn, stretch and shear every image of training at random, by at most this angle in radians,
-    logarithm of the scale and slope, and shift it by at most half this share of its side."""
+    """Largest random distortion of a training image: its rotation in radians, the logarithm of its
+    two scales, and its shear; it is shifted by at most half this fraction of its side."""
     crop: int = 0
-    """Crop every image of training at random, after this many black pixels were added around it."""
+    """Width in pixels of a black border that is added to a training image before a crop of its
+    original size is taken at random; 0: no crop."""
     flip: bool = False
-    """Mirror every other image of training."""
+    """Mirror each training image left to right with probability 1/2."""
     normalise: bool = False
-    """Take from every image the mean of the training split's pixels, divide by their deviation."""
+    """Subtract the mean of the training split's pixels from every image, and divide by their
+    standard deviation."""
     width: int = 64
     """Filters in each convolution block."""
     round_down: bool = False
-    """Leave the last row of an odd number out of pooling, and column, as most papers do."""
+    """Drop the last row and column of feature maps with an odd side when pooling, as most papers
+    do."""
     statistics: Statistics = "transductive"
-    """Batch statistics: of support and query together, of the support images alone, or of support
-    and query apart."""
+    """What batch statistics are computed over: support and query together, the support images
+    alone, or support and query separately."""
     head_start: Literal["zeros", "random"] = "zeros"
-    """Where every task's head starts, for methods that do not learn it; a random head is drawn from
-    the seed and never trained."""
+    """Initial value of every task's head, for methods that do not learn it; a random head is drawn
+    from the seed and never trained."""
     inner_steps: int | None = None
     """Steps of the inner loop in training; None: the method's own default."""
     test_steps: int | None = None
     """Steps of the inner loop in evaluation; None: as in training."""
     inner_rate: float | None = None
-    """Rate of plain gradient descent in the inner loop; None: the method's own solver (for
+    """Use gradient descent with this rate in the inner loop; None: the method's own solver (for
     memory_reduced one that takes its rate from the curvature and cannot diverge)."""
     ridge: float | None = None
     """Weight of the head's ridge, for methods with one; 0 is memory_reduced as its authors released
@@ -97,19 +100,20 @@ class Config:
     tasks: int = 8
     """Tasks in a meta-step."""
     task_chunk: int | None = None
-    """Tasks worked on at once, a divisor of TASKS; None: chosen for the platform."""
+    """Tasks processed at once, a divisor of TASKS; None: chosen for the platform."""
     meta_steps: int = 960
-    """Meta-steps to make in all."""
+    """Total number of meta-steps."""
     rate: float = 3e-3
-    """Peak rate of Adam, the outer optimiser."""
+    """Initial learning rate of Adam, the outer optimiser."""
     seed: int = 0
-    """Everything random in the run follows from it."""
+    """Seed of everything random in training; the episodes of evaluation are the same for every
+    seed."""
     log_every: int = 40
-    """Meta-steps in one compiled call, and between two lines of metrics."""
+    """Meta-steps between two lines of metrics."""
     checkpoint_every: int = 240
     """Meta-steps between two checkpoints, a multiple of LOG_EVERY."""
     episodes: int = 600
-    """Held-out test episodes of the final report."""
+    """Number of held-out test episodes in the final report."""
 
     def __post_init__(self) -> None:
         _require_kinds(vars(self))
@@ -139,13 +143,13 @@ class Config:
             _require("task_chunk", self.task_chunk, fits, f"a divisor of tasks={self.tasks}")
 
     def normalised(self, train: Dataset | HostDataset) -> Augmentation:
-        """What is done to every image, of training and of evaluation.
+        """The normalisation of every image, in training and in evaluation.
 
         Args:
-            train: the training split, all of which is read where its statistics are asked for.
+            train: the training split; all of it is read if `normalise` is set.
 
         Raises:
-            DataError: images are to be normalised, and the data are none.
+            DataError: `normalise` is set, and the data are not images.
         """
         if not self.normalise:
             return Augmentation()
@@ -153,11 +157,11 @@ class Config:
         return Augmentation(mean=mean, deviation=deviation)
 
     def training_episodes(self, train: Dataset, normalised: Augmentation) -> Episodes:
-        """The sampler of the tasks that are trained on.
+        """The sampler of the training tasks.
 
         Args:
             train: the training split.
-            normalised: from the method of that name.
+            normalised: the result of the method `normalised`.
         """
         warp = Warp(self.warp, self.warp, self.warp, self.warp / 2) if self.warp else None
         several = len(train.family_names) > 1
@@ -173,9 +177,9 @@ class Config:
         )
 
     def test_episodes(self, train: Dataset, normalised: Augmentation) -> dict[str, Episodes]:
-        """The samplers of the tasks that are judged, by what they are called.
+        """The samplers of the tasks for evaluation, by their names in the report.
 
-        Arguments as for `training_episodes`.
+        The arguments are those of `training_episodes`.
         """
         any_style = Episodes(
             self.ways,
@@ -186,20 +190,22 @@ class Config:
         )
         if len(train.family_names) == 1:
             return {"any styles": any_style}
-        # half of the styles or less are of one family, so fewer queries than with any styles
+        # a family has at most half of a class's examples, so that fewer queries are possible
         queries = min(self.test_queries, 5)
         other_family = replace(any_style, queries=queries, cross_family=True)
         return {"any styles": any_style, "different font families": other_family}
 
     def learner(self, image_shape: tuple[int, ...], *, test: bool = False) -> Learner:
-        """The method this run asks for, on a network that fits the data.
+        """The method with the options of this run, and a network that fits the data.
 
         Args:
             image_shape: height, width and channels of the examples.
-            test: whether the inner loop makes the steps of evaluation.
+            test: whether the inner loop makes `test_steps` steps, if given, instead of
+                `inner_steps`.
 
         Raises:
-            UserError: an option was given that the method does not have.
+            UserError: an option was given that the method does not have, or the method cannot be
+                used by the command line.
         """
         method = algorithms.METHODS[self.method]
         remedy = "; it needs a finite set of tasks: memmeta.meta.WarmStart in a loop of your own"
@@ -211,7 +217,7 @@ class Config:
             width=self.width,
             image_shape=(height, width, channels),
             round_up=not self.round_down,
-            head_scale=1.0,  # read only by methods that learn the head's start, and by head_start
+            head_scale=1.0,  # used if the method learns the initial head, or if it is random
         )
         known = inspect.signature(method).parameters
         options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
@@ -234,24 +240,29 @@ class Config:
         return InnerLoop(solver, default.steps if steps is None else steps)
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam, its rate falling to zero along a cosine over the run."""
+        """Adam with a learning rate that falls from `rate` to zero as a cosine over the run."""
         return optax.adam(optax.cosine_decay_schedule(self.rate, max(self.meta_steps, 1)))
 
     def plain(self) -> dict[str, Any]:
-        """The options as JSON knows them."""
+        """The options as a dict of values that JSON can represent."""
         options: dict[str, Any] = json.loads(self.to_json())
         return options
 
     def to_json(self) -> str:
-        """The configuration as text; `from_json` reads it."""
+        """The configuration as JSON, which `from_json` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str)
 
     @classmethod
     def from_json(cls, content: str | bytes, where: str) -> "Config":
-        """Read what `to_json` wrote.
+        """Read a configuration that `to_json` wrote.
+
+        Args:
+            content: the JSON.
+            where: the name of the JSON in error messages.
 
         Raises:
-            UserError: it is no JSON object of this class's fields, or a value is out of range.
+            UserError: the content is not a JSON object with these fields, or a value is out of
+                range.
         """
         content = content.encode("utf-8", "replace") if isinstance(content, str) else content
         try:
@@ -271,14 +282,14 @@ class Config:
 
 
 def _require_kinds(values: dict[str, Any]) -> None:
-    """Each value is of its field's annotation."""
+    """Check that each value has the type of its field's annotation."""
     kinds = typing.get_type_hints(Config)
     for name, value in values.items():
         _require(name, value, _is(value, kinds[name]), _said(kinds[name]))
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value, maybe from a file of a stranger's, is of an annotation's kind."""
+    """Whether a value, which may come from an untrusted file, has an annotated type."""
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
     if typing.get_origin(kind) is not None:

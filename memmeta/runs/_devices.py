@@ -1,4 +1,4 @@
-"""The devices of a run: how many a CPU is, which mesh is chosen, what they have room for."""
+"""The devices of a run: how many a CPU counts as, the mesh of devices, and their memory."""
 
 import contextlib
 import os
@@ -11,40 +11,41 @@ from memmeta.meta import task_mesh
 
 
 def use(count: int | None) -> None:
-    """Make the CPU several devices; before anything else asks JAX for one.
+    """Make the CPU count as several devices; must be called before JAX initialises its devices.
 
     Args:
-        count: how many; None leaves it as it is.
+        count: how many devices; None leaves the number as it is.
     """
-    # A device that waits for the others' sums must not give up on a slow or suspended machine.
+    # On a slow or suspended machine a device may wait for the others' sums longer than XLA's
+    # default timeout, after which the process would end.
     patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1000000"
     if "xla_cpu_collective" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {patience}".strip()
     if count is not None:
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already: `chosen` will see
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already: `chosen` reports it
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def cores() -> int | None:
-    """CPU cores this process may use; None where the user's XLA_FLAGS say how many devices."""
+    """The number of CPU cores this process may use; None if XLA_FLAGS set the device count."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return None
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def chosen(count: int | None, tasks: int) -> Mesh | None:
-    """The mesh a run's tasks are spread over.
+    """The mesh of devices that a run's tasks are spread over.
 
     Args:
-        count: devices in each process; None takes as many as there are and share out the tasks
-            evenly.
-        tasks: in a meta-step.
+        count: devices in each process. None: in a single process the largest number of devices that
+            divides `tasks`; in several processes all devices.
+        tasks: tasks in a meta-step.
 
     Returns:
         The mesh; None for one device.
 
     Raises:
-        ValueError: there are fewer devices, or they cannot share the tasks out evenly.
+        ValueError: there are fewer devices than `count`, or their number does not divide `tasks`.
     """
     local, several = jax.local_device_count(), jax.process_count()
     if count is not None and not 1 <= count <= local:
@@ -69,7 +70,7 @@ def _of_process(number: int) -> list[jax.Device]:
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """What a program needs on each device, from the compiler; None where it does not tell."""
+    """The bytes a program needs on each device, by the compiler's count; None if it has none."""
     memory = compiled.memory_analysis()
     if memory is None:
         return None
@@ -79,7 +80,7 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def free_bytes() -> int | None:
-    """What one device has to give, or of a CPU all of them together; None where it is not known."""
+    """The total memory of one device, or of the machine if devices are CPUs; None if unknown."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return int(statistics["bytes_limit"])
@@ -88,6 +89,6 @@ def free_bytes() -> int | None:
     limits: list[int] = []
     with contextlib.suppress(OSError, ValueError, AttributeError):
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with contextlib.suppress(OSError, ValueError):  # of a container
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run, beside its metrics file."""
+"""TensorBoard events with the metrics of a run."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from memmeta.runs._config import UserError
 
 
 def require() -> None:
-    """Refuse to go on where events cannot be written.
+    """Check that events can be written.
 
     Raises:
         UserError: tensorboardX is not installed.
@@ -27,16 +27,16 @@ def require() -> None:
 
 @contextmanager
 def written(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Write each log point as TensorBoard events, one scalar a figure; of several processes the
-    first one writes.
+    """Write each log point as TensorBoard events, one scalar for each metric.
 
-    A run that goes on after an interruption hides the events of the steps it makes again.
+    Of several processes only the first one writes. A resumed run makes TensorBoard hide the earlier
+    events of the steps it repeats.
 
     Args:
-        folder: where the event files go.
+        folder: the run folder; the event files go into its sub-folder `events`.
 
     Yields:
-        The function to call with each log point. What is no finite number is left out.
+        The function to call with each log point. Values that are not finite numbers are left out.
 
     Raises:
         UserError: tensorboardX is not installed.
@@ -61,7 +61,9 @@ def written(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         step, now = line["step"], time.time()
         if not files:
             files.append(EventsWriter(str(folder / "events"), f".{step}"))
-            start = SessionLog(status=SessionLog.START)  # hides what was written of later steps
+            start = SessionLog(
+                status=SessionLog.START
+            )  # TensorBoard hides earlier events from here
             files[0].write_event(Event(wall_time=now, step=step, session_log=start))
         values = [
             Summary.Value(tag=name, simple_value=value)

@@ -1,10 +1,10 @@
-"""The folder of one run: who may write to it, its configuration, its metrics file.
+"""The folder of one run: its lock, its configuration, its metrics and its small files.
 
-Of several processes of a run the first one writes; the others read. Nothing in it may be a link.
+Of several processes of a run only the first one writes. Links in the folder are refused.
 
 config.json            the configuration
-metrics.jsonl          one line a log point (pandas.read_json(..., lines=True))
-metrics.set-aside-N    lines that a resumed run could not use, as they were
+metrics.jsonl          one line for each log point (pandas.read_json(..., lines=True))
+metrics.set-aside-N    lines that a resumed run could not use, unchanged
 checkpoints/           see `memmeta.runs.checkpoints`
 offending_batch.npz    the tasks that stopped a run with --strict (numpy.load reads it)
 learning_curve.png     drawn at the end
@@ -43,7 +43,7 @@ from memmeta.runs._config import Config, UserError
 from memmeta.runs._records import FinalReport, log_line
 
 LOCK = "lock"
-LONGEST = 2**32  # bytes of metrics: some million log points
+LONGEST = 2**32  # the most bytes of metrics that are read: millions of log points
 log = logging.getLogger("memmeta")
 
 
@@ -53,7 +53,8 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        inode: what the folder was when it was locked; None where nothing will be written.
+        inode: the folder's device and inode numbers when it was locked, to notice if it is
+            replaced; None if it is not locked.
     """
 
     path: Path
@@ -61,24 +62,25 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON object a line."""
+        """The file with the log points, one JSON object on each line."""
         return self.path / "metrics.jsonl"
 
     @property
     def config_file(self) -> Path:
-        """The configuration as JSON."""
+        """The file with the configuration as JSON."""
         return self.path / "config.json"
 
     def config(self) -> Config:
-        """The configuration the run was made with.
+        """Read the configuration that the run was made with.
 
         Raises:
-            UserError: there is none, or it is not readable; or something in the folder is a link.
+            UserError: the configuration is missing or not readable, or there is a link in the
+                folder.
         """
         _require_unicode(self.path)
         try:
@@ -97,10 +99,10 @@ class RunFolder:
             write_whole(self.config_file, config.to_json() + "\n")
 
     def require_here(self) -> None:
-        """Refuse to write where the folder is no longer.
+        """Check that the folder is still the one that was locked.
 
         Raises:
-            UserError: it was moved or replaced since it was locked.
+            UserError: it was moved or replaced since.
         """
         try:
             found = _inode(self.path)
@@ -113,9 +115,9 @@ class RunFolder:
             )
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one log point, on the disk when this returns.
+        """Append one log point, and return once it is on the disk.
 
-        Figures that are no numbers (an infinite curvature) are written as null.
+        Values that are not finite (such as an infinite curvature) are written as null.
         """
         if processes.is_first():
             self.require_here()
@@ -123,15 +125,15 @@ class RunFolder:
             append(self.metrics_file, msgspec.json.encode(plain).decode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All log points that can be read.
+        """All log points that can be read, sorted by meta-step.
 
         Raises:
-            FileError: the file is a link or no plain file.
+            FileError: the metrics file is a link or not a regular file.
         """
         return self._parted()[0]
 
     def _parted(self) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """The log points in the order of their steps, and the lines that are none."""
+        """The log points sorted by meta-step, and the lines that cannot be read."""
         if not self.metrics_file.exists() and not self.metrics_file.is_symlink():
             return [], []
         found, damaged = {}, []
@@ -145,9 +147,10 @@ class RunFolder:
         return [found[step] for step in sorted(found)], damaged
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop the log points after a step, which a resumed run will make again.
+        """Drop the log points after a step, because a resumed run will write them again.
 
-        Lines that cannot be read are set aside; so is all of it where the run starts again.
+        Lines that cannot be read are moved to another file; if the run starts again from step 0,
+        all lines are.
         """
         if not processes.is_first():
             return
@@ -163,25 +166,25 @@ class RunFolder:
         write_whole(self.metrics_file, b"".join(kept))
 
     def final_report(self) -> FinalReport | None:
-        """The final report; None where the run has not ended.
+        """Read the final report; None if the run has not ended.
 
         Raises:
-            FileError: it is not one.
+            FileError: the file is not a final report.
         """
         path = self.path / "report.json"
         return read_json(path, FinalReport) if path.exists() or path.is_symlink() else None
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a small file whole."""
+        """Write a small file as a whole."""
         if processes.is_first():
             self.require_here()
             write_whole(self.path / name, content)
 
     def save_batch(self, tasks: PyTree) -> Path:
-        """Write a batch of tasks as plain arrays, for a look at what went wrong.
+        """Write a batch of tasks as plain arrays, so that the user can inspect it.
 
         Returns:
-            The file, offending_batch.npz.
+            The path of the file, offending_batch.npz.
         """
         leaves = jax.tree_util.tree_leaves_with_path(tasks)
         names = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in leaves]
@@ -206,18 +209,18 @@ def _inode(path: Path) -> tuple[int, int]:
 def _require_unicode(path: Path) -> None:
     try:
         str(path.absolute()).encode()
-    except UnicodeEncodeError as error:  # the libraries that write arrays know no other names
+    except UnicodeEncodeError as error:  # orbax cannot write to such a path
         raise UserError(f"{path}: its name is no UTF-8: rename the folder") from error
 
 
 def require_new(path: Path) -> None:
-    """Refuse a folder that a new run must not be made in; nothing is made.
+    """Check that a folder for a new run is missing or empty.
 
     Args:
-        path: of the folder.
+        path: the folder.
 
     Raises:
-        UserError: a run is in it, or anything else.
+        UserError: there is a run or anything else in it.
     """
     _require_unicode(path)
     if RunFolder(path).config_file.exists():
@@ -231,7 +234,7 @@ def require_new(path: Path) -> None:
         return
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    # a run that was killed before it wrote its configuration is none
+    # a run killed before it wrote its configuration leaves only these files: start anew there
     others = [name for name in names if name != LOCK and not LEFT_OVER.fullmatch(name)]
     if others:
         raise UserError(
@@ -241,19 +244,19 @@ def require_new(path: Path) -> None:
 
 @contextmanager
 def new_run(path: Path, config: Config) -> Iterator[RunFolder]:
-    """Make and hold the folder of a new run.
+    """Make and lock the folder of a new run.
 
     Args:
-        path: of the folder; made, may exist if empty.
-        config: written to it.
+        path: the folder to make; it may exist if it is empty.
+        config: the configuration to write to it.
 
     Yields:
-        The folder, locked until the block ends.
+        The folder, locked until the `with` block ends.
 
     Raises:
-        UserError: another run or anything else is in it, or it cannot be written.
+        UserError: there is a run or anything else in it, or it cannot be written.
     """
-    if not processes.is_first():  # the first one may have made it already
+    if not processes.is_first():  # the first process may have made the folder already
         yield RunFolder(path)
         return
     require_new(path)
@@ -269,16 +272,16 @@ def new_run(path: Path, config: Config) -> Iterator[RunFolder]:
 
 @contextmanager
 def old_run(path: Path) -> Iterator[RunFolder]:
-    """Hold the folder of a run that exists.
+    """Lock the folder of an existing run.
 
     Args:
-        path: of the folder.
+        path: the folder.
 
     Yields:
-        The folder, locked until the block ends.
+        The folder, locked until the `with` block ends.
 
     Raises:
-        UserError: it is no run's folder, is in use, or cannot be written.
+        UserError: it is not a run folder, is in use, or cannot be written.
     """
     RunFolder(path).config()
     if not processes.is_first():

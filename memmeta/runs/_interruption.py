@@ -1,4 +1,4 @@
-"""Why a run ends before its last meta-step; SIGTERM and SIGINT as a question asked in between."""
+"""Early ends of a run: handling of SIGTERM and SIGINT between blocks, and two exceptions."""
 
 import signal
 import threading
@@ -11,19 +11,19 @@ from memmeta.runs._config import UserError
 
 
 class Interrupted(UserError):
-    """A signal ended a run after its state was saved; the message says how to go on."""
+    """A signal ended a run after its state was saved; the message names the meta-step."""
 
 
 class Stopped(UserError):
-    """A run with --strict met trouble; the message says where, what, and which files tell more."""
+    """A run with --strict met trouble; the message says when, what, and where it was saved."""
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Hold back SIGTERM and SIGINT; a second one of a kind acts at once.
+    """Record SIGTERM and SIGINT instead of ending; a second signal of a kind acts as usual.
 
     Yields:
-        Whether one has come, to any of the run's processes.
+        A function that says whether one of them has come, in any of the run's processes.
     """
     asked: list[int] = []
     previous: dict[int, Any] = {}
@@ -32,7 +32,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         asked.append(number)
         signal.signal(number, previous[number])
 
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, note)
     try:

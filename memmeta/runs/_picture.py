@@ -11,10 +11,10 @@ def learning_curve(lines: list[dict[str, Any]]) -> bytes:
     """Draw query loss and accuracy over the meta-steps.
 
     Args:
-        lines: the run's log points.
+        lines: the log points of the run.
 
     Returns:
-        The PNG.
+        The content of a PNG file.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -48,7 +48,7 @@ def learning_curve(lines: list[dict[str, Any]]) -> bytes:
 
 
 def percent(lines: list[dict[str, Any]], key: str) -> list[float]:
-    """A figure of every log point in percent; NaN, which leaves a gap, where it was no number.
+    """One metric of every log point in percent; NaN, which leaves a gap, where it has no value.
 
     Example:
         >>> percent([{"accuracy": 0.5}, {"accuracy": None}], "accuracy")

@@ -1,4 +1,4 @@
-"""Several processes of one run, on JAX's own distributed runtime: joining, agreeing, launching."""
+"""Runs of several processes: joining JAX's distributed runtime, agreeing, and launching."""
 
 import os
 import signal
@@ -19,25 +19,27 @@ JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 COUNTED_BY = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 LAUNCHER = "MEMMETA_LAUNCHER"
-"""The variable with the number of a pipe that ends when the launcher does."""
+"""Environment variable with the file descriptor of a pipe that closes when the launcher ends."""
 LAST_WORDS = 20.0
-"""Seconds the other processes get to end by themselves once one has ended."""
+"""Seconds for a process to end by itself, after another one or the launcher has ended."""
 
 
 def launched() -> bool:
-    """Whether a launcher, or the variables of `join`, made this process one of several."""
+    """Whether the environment says that this process is one of several."""
     counts = [os.environ.get(name, "1") for name in COUNTED_BY]
     return any(count.isdecimal() and int(count) > 1 for count in counts)
 
 
 def join() -> None:
-    """Meet the run's other processes; before anything else asks JAX for a device.
+    """Connect to the run's other processes; must be called before JAX initialises its devices.
 
-    Where JAX does not know the launcher, the variables `JAX_COORDINATOR_ADDRESS` (host:port of
-    process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say what it needs.
+    JAX recognises some launchers, such as Slurm, by itself. For others the environment variables
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`
+    must be set.
 
     Raises:
-        ValueError: one of the three variables is missing or is no number.
+        ValueError: `JAX_NUM_PROCESSES` is set, but another variable is missing or a number is
+            wrong.
     """
     if "JAX_NUM_PROCESSES" not in os.environ:
         jax.distributed.initialize()
@@ -52,7 +54,8 @@ def join() -> None:
             f"{count!r}"
         )
     end_with_launcher()
-    # the coordinator asks nobody who they are: on this machine alone, it listens to it alone
+    # the coordinator accepts anyone who connects, so if all processes are on this machine, let it
+    # listen on the loopback address only
     here = address if address.rpartition(":")[0] in LOOPBACK else None
     if here is not None:
         _sums_over_loopback()
@@ -66,9 +69,10 @@ def join() -> None:
 
 
 def _sums_over_loopback() -> None:
-    """Make the CPU's sums over processes listen to this machine alone too.
+    """Make the CPU's sums over processes listen on the loopback address only.
 
-    They listen where the host's name leads, and jax 0.10.2 has no option for another address.
+    By default they listen on the address of the host's name, and jax 0.10.2 has no option to change
+    that.
     """
     from jaxlib import _jax
 
@@ -77,13 +81,13 @@ def _sums_over_loopback() -> None:
 
 
 def end_with_launcher() -> None:
-    """Stop as by SIGTERM when `launch` is no more: nobody else would end this process."""
+    """End this process by SIGTERM when its launcher ends, because nobody else would end it."""
     pipe = os.environ.pop(LAUNCHER, None)
     if pipe is None:
         return
 
     def watch() -> None:
-        os.read(int(pipe), 1)  # returns once no process holds the other end
+        os.read(int(pipe), 1)  # blocks until the launcher's end of the pipe is closed
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LAST_WORDS)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -92,12 +96,12 @@ def end_with_launcher() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes metrics, manifests and to the terminal."""
+    """Whether this is process 0, which alone writes the run's small files and to the terminal."""
     return jax.process_index() == 0
 
 
 def any_of_all(flag: bool) -> bool:
-    """Whether a flag is set in any process; all must ask."""
+    """Whether a flag is set in any process; all processes must call this."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -106,7 +110,7 @@ def any_of_all(flag: bool) -> bool:
 
 
 def told_by_first(value: int) -> int:
-    """The number process 0 has; all must ask."""
+    """The number that process 0 passes; all processes must call this."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -115,21 +119,23 @@ def told_by_first(value: int) -> int:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `memmeta` in several processes of this machine, for a try: on the CPU, over loopback.
+    """Run `memmeta` in several processes on this machine, to try out a run of several machines.
 
-    A signal is passed on to all. When one process dies the others cannot go on and are ended.
+    They use the CPU and communicate over the loopback address. SIGTERM and SIGINT are passed on to
+    all of them. When one process fails the others cannot continue and are ended.
 
     Args:
-        count: how many.
-        arguments: of each.
+        count: the number of processes.
+        arguments: the command-line arguments of each process.
 
     Returns:
-        The exit code: that of process 0, or 1 where another one failed first.
+        The exit code of process 0; but 1 if a signal killed it or the first process that ended, or
+        if another process failed first and process 0 ended with 0.
     """
     environment = {"JAX_PLATFORMS": "cpu"} | os.environ | {"JAX_NUM_PROCESSES": str(count)}
     environment["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{_free_port()}"
     command = [sys.executable, "-m", "memmeta", *arguments]
-    held_by_children, held_by_us = os.pipe()  # closed by the system, however the launcher ends
+    held_by_children, held_by_us = os.pipe()  # the system closes it however the launcher ends
     environment[LAUNCHER] = str(held_by_children)
     with tempfile.TemporaryFile() as errors:
         children = [
@@ -139,7 +145,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 stdout=None if number == 0 else subprocess.DEVNULL,
                 stderr=None if number == 0 else errors,
                 pass_fds=[held_by_children],
-                start_new_session=True,  # Ctrl-C comes through the launcher, once
+                start_new_session=True,  # else Ctrl-C would reach them twice, also by the launcher
             )
             for number in range(count)
         ]

@@ -1,6 +1,6 @@
-"""What a person sees while a run goes on.
+"""The progress of a run, shown to the user, and its final report.
 
-A live bar in a terminal, one that is redrawn in place in a notebook, plain lines in a log file.
+A terminal or a notebook gets a bar that is redrawn in place, a log file gets plain lines.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(highlight=False, markup=False)  # names are names, whatever brackets they hold
+console = Console(highlight=False, markup=False)  # brackets in names of files are not markup
 
 
 def describe(line: dict[str, Any]) -> str:
-    """A log point in words, with its "trouble" (see `memmeta.explain`) where there is some.
+    """Format a log point as text, with its "trouble" (see `memmeta.explain`) if there is any.
 
     Example:
         >>> describe({"step": 20, "loss": 0.5, "accuracy": 0.9, "tasks_per_second": 31.0})
@@ -37,7 +37,7 @@ def describe(line: dict[str, Any]) -> str:
 
 @contextmanager
 def data_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, if there is one, while data are converted or checked."""
+    """Show a progress bar on the terminal, if there is one, while data are converted or checked."""
     terminal = Console(stderr=True, markup=False)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task(escape_markup(what), total=total)
@@ -46,10 +46,10 @@ def data_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show log points as they come, in the way that fits where the output goes.
+    """Show log points as they come, in a terminal, a notebook or a log file.
 
     Args:
-        meta_steps: of the whole run.
+        meta_steps: the number of meta-steps of the whole run.
 
     Yields:
         The function to call with each log point.
@@ -81,29 +81,29 @@ def shown(meta_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _in_notebook(meta_steps: int) -> Callable[[dict[str, Any]], None]:
-    """An output of the running cell that every log point redraws; needs nothing but IPython."""
+    """A function that redraws the running cell's output with each log point; needs IPython only."""
     from IPython.display import display
 
-    judged: list[str] = []
+    validations: list[str] = []
 
     def drawn(step: int, text: str) -> dict[str, str]:
         bar = f'<progress value="{step}" max="{meta_steps}"></progress> {step}/{meta_steps}'
-        rows = "<br>".join([f"{bar} {escape(text)}", *map(escape, judged)])
-        plain = "\n".join([f"meta-step {step}/{meta_steps}: {text}", *judged])
+        rows = "<br>".join([f"{bar} {escape(text)}", *map(escape, validations)])
+        plain = "\n".join([f"meta-step {step}/{meta_steps}: {text}", *validations])
         return {"text/html": rows, "text/plain": plain}
 
     handle = display(drawn(0, "compiling"), raw=True, display_id=True)
 
     def show(line: dict[str, Any]) -> None:
         if "validation_accuracy" in line:
-            judged.append(f"meta-step {line['step']}: {describe(line)}")
+            validations.append(f"meta-step {line['step']}: {describe(line)}")
         handle.update(drawn(line["step"], describe(line)), raw=True)
 
     return show
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The final report as a table."""
+    """Print the final report as a table."""
     shots, ways = report["shots"], report["ways"]
     title = f"{report['method']} on {report['data']}, {ways}-way {shots}-shot"
     table = Table(title=title, title_justify="left")

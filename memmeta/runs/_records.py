@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold: the schemas they are read through."""
+"""Schemas that the JSON files of a run are checked against when they are read."""
 
 from typing import Annotated, Any, TypedDict
 
@@ -20,7 +20,7 @@ class Mean(TypedDict):
 
 
 class FinalReport(TypedDict):
-    """report.json."""
+    """The content of report.json."""
 
     method: str
     data: str
@@ -36,17 +36,17 @@ class FinalReport(TypedDict):
 
 
 def log_line(row: bytes, where: str) -> dict[str, Any]:
-    """One log point: a flat line of numbers, its step among them.
+    """Decode one log point: a flat JSON object of numbers, with the meta-step as `step`.
 
     Args:
         row: one line of metrics.jsonl.
-        where: what the error calls it.
+        where: the name of the line in error messages.
 
     Returns:
-        The figures by name; None where one was no number.
+        The metrics by name; None for those that were not finite.
 
     Raises:
-        FileError: it is no such line.
+        FileError: the line is not a log point.
 
     Example:
         >>> log_line(b'{"step": 20, "loss": 0.5, "tasks_per_second": 31.0}', "metrics.jsonl:1")

@@ -1,4 +1,4 @@
-"""Configurations that were read from a file, which may be a stranger's."""
+"""Checks of configurations that were read from a file, which may come from somebody else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,21 +9,22 @@ from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder
 
 MAY_DIFFER = {"data_dir", "episodes", "test_steps", "meta_steps"}
-"""Options that make no other run of the meta-steps made so far."""
+"""Options that may change after a checkpoint, as they do not affect the meta-steps before it."""
 
 
 def confirmed(config: Config, data_dir: Path | None) -> Config:
-    """A stored configuration, once a person has named the folder of its data.
+    """Set a stored configuration's data folder to the one the user named.
 
     Args:
-        config: as it was read.
-        data_dir: what the person named; None: nothing.
+        config: the configuration as it was read.
+        data_dir: the folder that the user named; None if the user named none.
 
     Returns:
         The configuration with that folder.
 
     Raises:
-        UserError: loading the data would read, make or download files, and nothing was named.
+        UserError: loading the data would read, make or download files, and the user named no
+            folder.
     """
     if data_dir is not None:
         return replace(config, data_dir=data_dir)
@@ -38,14 +39,14 @@ def confirmed(config: Config, data_dir: Path | None) -> Config:
 
 
 def require_unaltered(folder: RunFolder, config: Config) -> None:
-    """Refuse a configuration that is not the one that the newest checkpoint was made with.
+    """Check that a configuration is the one that the newest checkpoint was made with.
 
     Args:
-        folder: of the run.
-        config: as it was read from there.
+        folder: the run folder.
+        config: the configuration as it was read from there.
 
     Raises:
-        UserError: it was altered since; the message names the option.
+        UserError: an option was changed since; the message names it.
     """
     steps = checkpoints.whole(folder.checkpoints)
     was = checkpoints.note(folder.checkpoints, steps[0]).get("config") if steps else None

@@ -1,4 +1,4 @@
-"""Training: log points, checkpoints, signals, and the final report."""
+"""Training with log points and checkpoints, and the final report."""
 
 import logging
 import time
@@ -32,25 +32,27 @@ def train(
     show: Callable[[dict[str, Any]], None] = lambda line: None,
     strict: bool = False,
 ) -> MetaState:
-    """Run to the last meta-step, with a log point and maybe a checkpoint after every block.
+    """Train to the last meta-step, with a log point after every block of meta-steps.
+
+    A checkpoint is saved every `config.checkpoint_every` meta-steps and at the end.
 
     Args:
-        trainer: what to run.
-        block: from `trainer.compile()`.
-        folder: where metrics and checkpoints go.
-        resume: go on from the newest checkpoint instead of starting anew.
-        show: called with every log point.
-        strict: stop at the first trouble, see `Counts`.
+        trainer: the run's trainer.
+        block: the result of `trainer.compile()`.
+        folder: the folder that metrics and checkpoints are written to.
+        resume: continue from the newest checkpoint instead of starting anew.
+        show: a function that is called with every log point.
+        strict: stop at the first trouble that `memmeta.explain` would report.
 
     Returns:
         The state at the end.
 
     Raises:
         CheckpointError: no checkpoint can be used.
-        UserError: the configuration was altered, the checkpoints are gone, the folder was moved,
-            the run ended on meta-steps in which no task was usable, SIGTERM or SIGINT came (the
-            state is saved), or with `strict` something was not as it should be.
-        OSError: the folder cannot be written; what was written stays.
+        UserError: the configuration was altered, the checkpoints are missing, or the folder was
+            moved; no task of the last block was usable; SIGTERM or SIGINT came (the state is
+            saved); or, with `strict`, there was trouble.
+        OSError: the folder cannot be written; what was written before stays.
     """
     config, state, metrics = trainer.config, trainer.init(), None
     validation = trainer.judged["any styles"]
@@ -92,11 +94,11 @@ def _save(folder: RunFolder, config: Config, step: int, state: MetaState) -> Non
 
 
 def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
-    """The newest state of a run, with the metrics cut back to it."""
+    """Restore the newest checkpoint, and drop the metrics of later meta-steps."""
     require_unaltered(folder, config)
     if checkpoints.whole(folder.checkpoints):
         state = checkpoints.restore(folder.checkpoints, state)
-    else:  # it ended before the first one, or they are gone
+    else:  # the run ended before its first checkpoint, or somebody removed the checkpoints
         last = max((line["step"] for line in folder.metrics()), default=0)
         if last > config.checkpoint_every or folder.final_report() is not None:
             raise UserError(
@@ -111,7 +113,7 @@ def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
 
 
 def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -> Stopped:
-    """Go through a block again step by step, and save what came before the first trouble."""
+    """Repeat a block one meta-step at a time, and save the state before the first trouble."""
     dataset = trainer.splits["train"]
     while True:
         before = jax.tree.map(jnp.copy, state)
@@ -130,7 +132,7 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
 
 
 def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str, Any]:
-    """The metrics of a block as one flat line of plain numbers; counts are over the whole block."""
+    """The metrics of a block as a flat dict of plain numbers; counts are over the whole block."""
     report = {name: x for name, x in metrics.report._asdict().items() if x is not None}
     figures = {
         "loss": metrics.loss,
@@ -150,16 +152,16 @@ def final_report(
     folder: RunFolder,
     block: Block | None = None,
 ) -> dict[str, Any]:
-    """Accuracy on held-out test episodes, speed, and memory.
+    """Report the accuracy on held-out test episodes, the speed, and the memory.
 
     Args:
-        trainer: of the run.
-        state: at the end of the run.
-        folder: whose metrics hold the speed.
-        block: from `trainer.compile()`; None where nothing was trained.
+        trainer: the run's trainer.
+        state: the state to evaluate.
+        folder: the run folder, whose metrics contain the speed.
+        block: the result of `trainer.compile()`, for the memory; None to leave the memory out.
 
     Returns:
-        A JSON-ready dict.
+        A dict that can be written as JSON.
     """
     config, evaluate = trainer.config, trainer.evaluator
     accuracy = {

@@ -1,4 +1,4 @@
-"""What a run is made of: its data, its compiled programs, and whether they fit the device."""
+"""The trainer: a run's data and compiled programs, and the check that they fit in memory."""
 
 import logging
 import math
@@ -38,22 +38,22 @@ from memmeta.runs._config import Config, UserError
 
 log = logging.getLogger("memmeta")
 
-# Tags that keep the run's random draws apart from one another.
+# Folded into the key, so that a run's random draws for different purposes are independent.
 INIT, TRAIN, VALIDATION, TEST = range(4)
-JUDGED_TOGETHER = 10  # episodes on each device: one program whatever their number
+JUDGED_TOGETHER = 10  # episodes per device and call; fixed, so that one program serves any number
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A run's compiled programs and its data; `train` drives it.
+    """A run's data and the functions that train and evaluate on it; see `train`.
 
     Attributes:
         config: the options.
         learner: the method.
-        meta_step: one outer iteration.
-        splits: the data, by split name, on every device or on the host.
-        training: the sampler of the tasks that are trained on.
-        judged: the samplers of the tasks that are judged, by what they are called.
+        meta_step: the function that makes one meta-step.
+        splits: the data by split name, on every device or on the host.
+        training: the sampler of the training tasks.
+        judged: the samplers of the tasks for evaluation, by their names in the report.
     """
 
     config: Config
@@ -65,7 +65,7 @@ class Trainer:
 
     @property
     def everywhere(self) -> NamedSharding | None:
-        """A copy on every device; None on one device."""
+        """The sharding that copies an array to every device; None on one device."""
         mesh = self.meta_step.mesh
         return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -83,9 +83,10 @@ class Trainer:
         count: int,
         first: int = 0,
     ) -> Batch:
-        """Tasks `first` to `first + count - 1` of the list that `key` names, where they are used.
+        """Draw tasks `first` to `first + count - 1` of the sequence that `key` defines.
 
-        The same tasks wherever the data are; from the host outside compiled code only.
+        They are placed on the devices that use them. The tasks are the same for data on the host as
+        on devices, but tasks from the host can only be drawn outside compiled code.
         """
         mesh, number = self.meta_step.mesh, jnp.asarray(first, jnp.int32)
         if isinstance(dataset, HostDataset):
@@ -94,19 +95,19 @@ class Trainer:
         return _drawn(mesh, episodes, count, dataset, key, number)
 
     def batch(self, state: MetaState, dataset: Dataset | HostDataset) -> Batch:
-        """The tasks of the meta-step that `state` is about to make, where they will be used."""
+        """The tasks of the meta-step that follows `state`, on the devices that use them."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, TRAIN), state.step)
         return self.tasks(self.training, dataset, key, self.config.tasks)
 
     def batches(self, state: MetaState, dataset: HostDataset, count: int) -> Iterator[Batch]:
-        """`batch` for the next `count` meta-steps, made ready while another is in use."""
+        """Yield `batch` of the next `count` meta-steps, prepared while the one before is in use."""
         key, step = jax.random.fold_in(_here(state.key), TRAIN), int(state.step)
         keys = (jax.random.fold_in(key, number) for number in range(step, step + count))
         for drawn in HostEpisodes(self.training).stream(dataset, keys, self.config.tasks):
             yield mesh_of.place(self.meta_step.mesh, drawn, PartitionSpec(mesh_of.TASKS))
 
     def compile(self) -> Block:
-        """The meta-steps between two log points."""
+        """Compile the block of meta-steps between two log points."""
         state, dataset, where = self.init(), self.splits["train"], self.everywhere
         if isinstance(dataset, HostDataset):
             batch = self.batch(state, dataset)
@@ -115,18 +116,21 @@ class Trainer:
 
     @cached_property
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
-        """(state, split, episodes, number, tag) -> accuracy over that many fixed episodes."""
+        """A function from (state, split, episodes, count, tag) to a mean accuracy.
+
+        It evaluates `count` episodes, which depend on the tag but not on the run's seed.
+        """
         learner = self.config.learner(self.splits["test"].example_shape, test=True)
         mesh = self.meta_step.mesh
         together = JUDGED_TOGETHER * mesh_of.shards(mesh)
 
         @partial(jax.jit, out_shardings=self.everywhere)
         def accuracies(theta: MetaParams, tasks: Batch) -> Float[Array, " tasks"]:
-            def judged(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
+            def of_share(theta: MetaParams, tasks: Batch) -> Float[Array, " share"]:
                 accuracy: Array = learner.evaluate(theta, tasks).aux["accuracy"]
                 return accuracy
 
-            accuracies: Array = mesh_of.spread(mesh, judged, split=1, out=True)(theta, tasks)
+            accuracies: Array = mesh_of.spread(mesh, of_share, split=1, out=True)(theta, tasks)
             return accuracies
 
         def evaluate(
@@ -139,8 +143,8 @@ class Trainer:
             found = []
             for first in range(0, count, together):
                 tasks = self.tasks(episodes, dataset, key, together, first)
-                # One at a time: the threads of a CPU that wait for the other devices' results of
-                # several programs can be all there are, and then nobody works on any of them.
+                # Wait for each result before the next call: with several programs under way, all
+                # threads of a CPU could be waiting for other devices, and none left to compute.
                 found.append(np.asarray(accuracies(state.meta_params, tasks)))
             return _interval(np.concatenate(found)[:count], split)
 
@@ -148,7 +152,7 @@ class Trainer:
 
 
 def _interval(accuracies: Float[np.ndarray, " episodes"], split: str) -> Interval:
-    """Over the episodes that could be judged; the others are told of."""
+    """The mean over the episodes with a finite accuracy; the number of others is logged."""
     usable = accuracies[np.isfinite(accuracies)]
     if (lost := accuracies.size - usable.size) > 0:
         log.warning("%s: %d of %d episodes left out: no finite loss", split, lost, accuracies.size)
@@ -168,14 +172,14 @@ def _drawn(
 
 
 def _here(key: Key[Array, ""]) -> Key[Array, ""]:
-    """A key that is on all devices, on this process's own: what is drawn by it is not on all."""
+    """A copy of the key on one device of this process, so that what it draws is there alone."""
     words = jnp.asarray(np.asarray(jax.random.key_data(key)))
     restored: Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
     return restored
 
 
 def _index(split: Dataset | HostDataset) -> Dataset:
-    """What is known of a split beside its examples."""
+    """The `Dataset` with the classes of a split, wherever the examples are."""
     return split.index if isinstance(split, HostDataset) else split
 
 
@@ -185,24 +189,29 @@ def make_trainer(
     limits: Limits = Limits(),
     progress: Progress = silent,
 ) -> Trainer:
-    """Load the data and put a run's pieces together.
+    """Load the data of a run and make the trainer that `train` takes.
 
     Args:
         config: the options.
         mesh: the devices to spread tasks over, see `memmeta.make_meta_step`.
-        limits: what files of data may ask of the machine.
-        progress: told how far a conversion or a check of the data is.
+        limits: limits on what data files may contain.
+        progress: shows how far a conversion or a check of the data is.
 
     Returns:
-        What `train` drives: its `learner`, its `splits` of the data by name, `init()` for the first
-        state, `batch(state, split)` for the tasks of the meta-step that follows a state,
-        `compile()` for the block of meta-steps between two log points, and
-        `evaluator(state, split, episodes, number, tag)` for the accuracy on episodes drawn by one
-        of the samplers `judged`.
+        A trainer with
+
+        - `learner`: the method;
+        - `splits`: the data by split name;
+        - `judged`: the samplers of episodes for evaluation, by name;
+        - `init()`: returns the state before the first meta-step;
+        - `batch(state, split)`: returns the tasks of the meta-step that follows a state;
+        - `compile()`: returns the block of meta-steps between two log points;
+        - `evaluator(state, split, episodes, count, tag)`: returns the mean accuracy on `count`
+          episodes that the sampler `episodes` draws.
 
     Raises:
-        DataError: the data are missing, altered or too few for the tasks asked for.
-        ValueError: the tasks cannot be shared out evenly over the devices.
+        DataError: the data are missing, altered or too few for the tasks.
+        ValueError: the number of devices does not divide the number of tasks.
     """
     names = ("train", "validation", "test")
     read = load_host if config.on_host else load
@@ -210,9 +219,9 @@ def make_trainer(
     splits = {name: _classes(read(config.data, name, config.data_dir, how)) for name in names}
     train, normalised = _index(splits["train"]), config.normalised(splits["train"])
     training = config.training_episodes(train, normalised)
-    judged = config.test_episodes(train, normalised)
+    evaluation = config.test_episodes(train, normalised)
     training.check(train)
-    for name, sampler in product(("validation", "test"), judged.values()):
+    for name, sampler in product(("validation", "test"), evaluation.values()):
         sampler.check(_index(splits[name]))
     learner = config.learner(splits["train"].example_shape)
     meta_step = learner.make_meta_step(
@@ -220,7 +229,7 @@ def make_trainer(
     )
     if not config.on_host:
         splits = {name: mesh_of.place(meta_step.mesh, split) for name, split in splits.items()}
-    return Trainer(config, learner, meta_step, splits, training, judged)
+    return Trainer(config, learner, meta_step, splits, training, evaluation)
 
 
 def _classes(split: Split | HostDataset) -> Dataset | HostDataset:
@@ -233,14 +242,15 @@ def _classes(split: Split | HostDataset) -> Dataset | HostDataset:
 
 
 def check_room(trainer: Trainer, block: Block) -> None:
-    """Say before a run starts that it will not fit, and what would.
+    """Check before a run starts that it fits in memory.
 
     Args:
-        trainer: of the run.
-        block: from `trainer.compile()`.
+        trainer: the run's trainer.
+        block: the result of `trainer.compile()`.
 
     Raises:
-        UserError: the device has less memory than the compiled program needs.
+        UserError: the device has less memory than the compiled program needs; the message names a
+            task chunk that fits, if there is one.
     """
     needed, free = devices.needed_bytes(block.program), devices.free_bytes()
     if jax.default_backend() == "cpu" and needed is not None:
@@ -260,7 +270,7 @@ def check_room(trainer: Trainer, block: Block) -> None:
             f"task_chunk: {found}, and with --task-chunk 1 it would still need "
             f"{smallest / 1e9:.3g} GB; use a smaller --width, --shots or --queries, or more devices"
         )
-    each = (needed - smallest) / (chunk - 1)  # memory is a straight line in the chunk
+    each = (needed - smallest) / (chunk - 1)  # memory grows linearly with the chunk
     fitting = max(
         size
         for size in range(1, chunk)

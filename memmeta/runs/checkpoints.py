@@ -1,10 +1,10 @@
-"""Checkpoints: orbax writes them, a manifest of checksums says which are whole and which are ours.
+"""Checkpoints written by orbax, each with a manifest of checksums.
 
-A manifest is written twice: before the checkpoint, to say that what comes is ours, and after it, in
-one piece, with the checksums. A kill at any moment therefore leaves either a whole checkpoint or
-one that is known to be torn, and nothing is ever removed that no manifest of ours names. What is
-read is arrays and JSON, never code; links are not followed, so nothing outside the folder is
-reached.
+The manifest is written twice: before the checkpoint, to mark the files to come as memmeta's own,
+and after it, with the checksums. Therefore a process that is killed leaves either a complete
+checkpoint or one that is known to be incomplete, and only checkpoints with a manifest are ever
+removed. Only arrays and JSON are read, never code, and links are refused, so that nothing outside
+the folder is reached.
 """
 
 import hashlib
@@ -39,18 +39,18 @@ log = logging.getLogger("memmeta")
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used; the message says which one and why."""
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What stands beside a checkpoint.
+    """The manifest beside a checkpoint.
 
     Attributes:
-        format: tells our manifests from other JSON files.
-        step: meta-steps done; the file's name too.
-        number: checkpoints of this folder are numbered in the order they were saved.
-        files: the SHA-256 of each of its files; None until all of them are written.
-        note: what the caller wanted to be kept with it.
+        format: marks the file as a manifest of memmeta's.
+        step: meta-steps done, also the file's name.
+        number: position of the checkpoint in the order in which they were saved.
+        files: the SHA-256 of each of the checkpoint's files; None until all of them are written.
+        note: plain values that the caller of `save` passed.
     """
 
     format: Literal["memmeta checkpoint 1"]
@@ -61,25 +61,25 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def save(folder: Path, step: int, state: PyTree, note: Mapping[str, Any] | None = None) -> None:
-    """Write a checkpoint, then its manifest; keep those that were saved last, `KEPT` of them.
+    """Write a checkpoint and its manifest, and remove all but the last three checkpoints.
 
     Of several processes each writes the shards it holds, and the first one everything else.
 
     Args:
-        folder: of all checkpoints of a run; made where missing in a folder that exists.
-        step: meta-steps done, the checkpoint's name.
+        folder: the folder of the run's checkpoints, made if missing; its parent must exist.
+        step: meta-steps done, which become the checkpoint's name.
         state: any pytree of arrays.
-        note: plain values to keep with it, in its manifest.
+        note: plain values to keep in the manifest.
 
     Raises:
-        OSError: the disk is full or read-only, or something that is not ours is in the way; earlier
-            checkpoints stay as they were.
+        OSError: the disk is full or read-only, or a file without a manifest is in the way; earlier
+            checkpoints are unchanged.
     """
     target = folder / f"{step:08d}"
     try:
         if processes.is_first():
             _claim(folder, target, step, dict(note or {}))
-        processes.told_by_first(0)  # nobody writes before the old one is gone
+        processes.told_by_first(0)  # waits until the first process has removed the old one
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(target.absolute(), state)
             checkpointer.wait_until_finished()
@@ -101,7 +101,7 @@ def save(folder: Path, step: int, state: PyTree, note: Mapping[str, Any] | None 
 
 
 def _claim(folder: Path, target: Path, step: int, note: dict[str, Any]) -> None:
-    """Say that what will stand at `target` is ours; what we left there before is removed."""
+    """Write the first manifest of a checkpoint, after removing an older one of the same step."""
     own_folder(folder)
     refuse_links(folder)
     manifests = _manifests(folder)
@@ -111,19 +111,19 @@ def _claim(folder: Path, target: Path, step: int, note: dict[str, Any]) -> None:
         if path.exists():
             raise FileError(f"{path}: in the way of a checkpoint, and not one of ours: move it")
     number = 1 + max((found.number for found in manifests.values()), default=0)
-    json.dumps(note)  # a note that is no JSON is the caller's mistake, found before it is written
+    json.dumps(note)  # raises before anything is written if the note cannot be JSON
     claim = Manifest("memmeta checkpoint 1", step, number, None, note)
     write_whole(_manifest(target), msgspec.json.encode(claim))
 
 
 def _manifests(folder: Path) -> dict[int, Manifest]:
-    """Every manifest of ours, by step, newest first."""
+    """All manifests in a folder by step, the last saved first."""
     found = []
     for path in folder.glob("*.json") if folder.is_dir() and not folder.is_symlink() else ():
         try:
             manifest = read_json(path, Manifest)
         except FileError:
-            continue  # somebody else's file, or an altered one: not ours to touch
+            continue  # not a manifest of memmeta's, so leave the file alone
         if path.name == f"{manifest.step:08d}.json":
             found.append(manifest)
     found.sort(key=lambda manifest: (manifest.number, manifest.step), reverse=True)
@@ -131,15 +131,15 @@ def _manifests(folder: Path) -> dict[int, Manifest]:
 
 
 def whole(folder: Path) -> list[int]:
-    """The steps of all checkpoints that were finished, the one saved last first."""
+    """The steps of all complete checkpoints, the last saved first."""
     return [step for step, found in _manifests(folder).items() if found.files is not None]
 
 
 def note(folder: Path, step: int) -> dict[str, Any]:
-    """What was kept with a checkpoint.
+    """The note that was saved with a checkpoint.
 
     Args:
-        folder: of all checkpoints of a run.
+        folder: the folder of the run's checkpoints.
         step: one of `whole(folder)`.
 
     Raises:
@@ -152,11 +152,11 @@ def note(folder: Path, step: int) -> dict[str, Any]:
 
 
 def set_aside(folder: Path, after: int) -> None:
-    """Rename what would be in the way of later checkpoints and is known by no manifest of ours.
+    """Rename files without a manifest that would be in the way of later checkpoints.
 
     Args:
-        folder: of all checkpoints of a run.
-        after: the step that the run goes on from.
+        folder: the folder of the run's checkpoints.
+        after: the step that the run continues from.
     """
     if not processes.is_first() or not folder.is_dir():
         return
@@ -170,18 +170,18 @@ def set_aside(folder: Path, after: int) -> None:
 
 
 def restore(folder: Path, like: PyTree) -> PyTree:
-    """Read the newest checkpoint that is unaltered; those that are passed over are logged.
+    """Read the last saved checkpoint whose checksums match; damaged ones after it are logged.
 
     Args:
-        folder: of all checkpoints of a run.
-        like: a pytree of arrays of the same structure, shapes and dtypes; each is read to where
-            its counterpart is, whatever the devices it was written from.
+        folder: the folder of the run's checkpoints.
+        like: a pytree of arrays with the structure, shapes and dtypes of the saved state. Each
+            array is placed on the devices of its counterpart here, wherever it was saved from.
 
     Returns:
         The state.
 
     Raises:
-        CheckpointError: there is none, all are altered, or it is of another model.
+        CheckpointError: there is no checkpoint, all are damaged, or it is of another model.
     """
     steps = whole(folder)
     if not steps:
@@ -208,12 +208,13 @@ def _read(target: Path, like: PyTree) -> Any:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            # before anything is read: orbax stops at the first array that differs, others underway
+            # compared first, because orbax stops at the first array that differs while others are
+            # still being read
             stored = checkpointer.metadata(target.absolute()).item_metadata
             if _arrays(stored.tree) != _arrays(abstract):
                 raise ValueError("its arrays have other shapes or dtypes")
             return checkpointer.restore(target.absolute(), abstract)
-    except Exception as error:  # orbax has no error of its own
+    except Exception as error:  # orbax raises errors of many kinds
         raise CheckpointError(
             f"{target}: a checkpoint of another model or optimiser; use the options it was made "
             f"with, see config.json ({_first_line(error)})"
@@ -246,21 +247,22 @@ def _manifest(target: Path) -> Path:
 
 
 def _remove(target: Path) -> None:
-    """Remove a checkpoint that a manifest of ours names, whole or torn."""
-    with suppress(OSError):  # torn from now on, wherever a kill comes; a full disk may forbid it
+    """Remove a checkpoint that has a manifest, and the manifest."""
+    # mark it as incomplete first, in case the process is killed halfway; a full disk may forbid it
+    with suppress(OSError):
         found = read_json(_manifest(target), Manifest)
         claim = msgspec.structs.replace(found, files=None, note={})
         write_whole(_manifest(target), msgspec.json.encode(claim))
-    # orbax renames its own temporary folder at the end
+    # orbax writes to a temporary folder, which is left if the process is killed
     for path in (target, *target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*")):
         if not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-    # the manifest last: what a kill leaves of the rest is still known as ours
+    # the manifest last, so that remaining files are still known as memmeta's after a kill
     _manifest(target).unlink(missing_ok=True)
 
 
 def _tidy(folder: Path) -> None:
-    """Remove all but the newest whole checkpoints, and what a kill left of others."""
+    """Remove all but the last `KEPT` complete checkpoints, and incomplete ones."""
     kept = whole(folder)[:KEPT]
     for step in _manifests(folder):
         if step not in kept:

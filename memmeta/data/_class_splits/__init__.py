@@ -1,4 +1,4 @@
-"""How classes are divided into train, validation and test: published lists, or a draw by seed."""
+"""Division of classes into train, validation and test: by published lists, or at random."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """A published division of classes.
+    """A published division of classes into splits.
 
     Attributes:
-        name: of the data set.
-        split_of: the split of each label, or of each group where the groups are divided.
-        group_of: the group of each label, as far as the list gives them.
-        by_group: whether the groups are divided.
-        largest: no class has more examples; None: not known.
+        name: the data set's name.
+        split_of: the split of each label; with `by_group`, the split of each group.
+        group_of: the group of each label, for the labels whose group the list gives.
+        by_group: whether whole groups are assigned to splits, instead of single labels.
+        largest: the number of examples in the largest class; None where it is not known.
     """
 
     name: str
@@ -34,21 +34,21 @@ class ClassSplit:
 
     @property
     def labels(self) -> set[str]:
-        """Those that the list names; none where it names groups alone."""
+        """The labels that the list names; empty where it names only groups."""
         return set(self.group_of if self.by_group else self.split_of)
 
     def divide(self, classes: Sequence[ClassItems]) -> dict[str, list[ClassItems]]:
-        """Find the classes of each split.
+        """Assign classes to their splits.
 
         Args:
-            classes: all of them. A class is known by the last part of its name.
+            classes: all classes; the last part of a class's name is its label in the list.
 
         Returns:
-            The classes of each split, in their order.
+            The classes of each split, in the order they were given.
 
         Raises:
-            DataError: a class that the list names is not there, or has too many examples; or one
-                is there that it does not name.
+            DataError: a class that the list names is missing, a class has too many examples, or the
+                list does not name a class.
 
         Example:
             >>> pets = ClassSplit("pets", {"cat": "train", "cow": "test"}, {}, False, None)
@@ -83,17 +83,17 @@ class ClassSplit:
         return splits
 
     def check(self, splits: dict[str, list[ClassItems]]) -> dict[str, list[ClassItems]]:
-        """Compare a division that the user has made with the published one.
+        """Check that the user's own division into splits is the published one.
 
         Args:
-            splits: the classes of each split.
+            splits: the user's classes of each split.
 
         Returns:
-            The same, with the published groups. Classes that have names of their own are only
-            counted.
+            The same splits, with the published groups. Where none of the classes has a published
+            name, only the numbers of classes are compared and `splits` is returned unchanged.
 
         Raises:
-            DataError: it is another division, or `divide` raises.
+            DataError: the divisions differ, or as `divide`.
         """
         found = [len(splits[split]) for split in SPLITS]
         of_labels = Counter(self.split_of[self.group_of.get(x, x)] for x in self.labels)
@@ -119,12 +119,12 @@ class ClassSplit:
 
 
 def label_of(item: ClassItems) -> str:
-    """What a published list calls a class: its name without the folders above it."""
+    """The label of a class in a published list: its name without the folders above it."""
     return item.name.rpartition("/")[2]
 
 
 def published_split(name: str) -> ClassSplit:
-    """Read the published split that lies beside this file, with its source.
+    """Read the published split of a data set from the JSON file beside this module.
 
     Args:
         name: the data set's name, such as "cifar_fs".
@@ -150,17 +150,17 @@ def published_split(name: str) -> ClassSplit:
 def drawn_split(
     classes: Sequence[ClassItems], seed: int, train: int, validation: int
 ) -> dict[str, list[ClassItems]]:
-    """Divide classes at random, by seed and names alone, so the same way on every machine.
+    """Divide classes at random; the result depends on the seed and the names alone.
 
     Args:
-        classes: at least three.
-        seed: of the draw.
-        train: classes of the train split.
-        validation: classes of the validation split; the test split gets the rest. No split is left
-            empty.
+        classes: at least three classes.
+        seed: the seed of the random division.
+        train: number of classes in the train split.
+        validation: number of classes in the validation split; the test split gets the rest. The
+            numbers are adjusted so that no split is empty.
 
     Returns:
-        The classes of each split, in their order.
+        The classes of each split, in the order they were given.
 
     Raises:
         DataError: there are fewer than three classes.

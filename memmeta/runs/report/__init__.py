@@ -1,4 +1,4 @@
-"""Runs as one HTML page and PNGs: learning curves, accuracy by group, an episode, health, cost."""
+"""An HTML page and PNGs about runs: learning, accuracy by group, an episode, health, and cost."""
 
 from memmeta.runs.report._judge import judge_all
 from memmeta.runs.report._page import write

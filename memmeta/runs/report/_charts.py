@@ -1,4 +1,4 @@
-"""The page's charts: drawn once by matplotlib, shown as SVG in the reader's colours and as PNG."""
+"""The page's charts, drawn by matplotlib as SVG in the colours of the style sheet and as PNG."""
 
 import io
 import math
@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from memmeta.meta._evaluation import Interval
 from memmeta.runs.report._judge import Judged
 
-# Stand-ins in the drawing for --ink, --grid and --run-0 to --run-5 of the page's style sheet.
+# matplotlib cannot draw in CSS variables, so these colours stand for --ink, --grid and --run-0 to
+# --run-5 of the page's style sheet, and `in_page_colours` replaces them in the SVG.
 INK, GRID = "#1d2430", "#d8dce3"
 RUNS = ("#2563c9", "#c2570c", "#17794f", "#a3307a", "#6a4bc4", "#5d6672")
 COLOURS = {INK: "--ink", GRID: "--grid"} | {c: f"--run-{i}" for i, c in enumerate(RUNS)}
@@ -47,11 +48,11 @@ class Chart:
     """One chart of the page.
 
     Attributes:
-        name: of its PNG.
-        title: what it shows.
-        note: how to read it, one or two sentences.
-        svg: the drawing, with the style sheet's colours.
-        png: the same in fixed colours.
+        name: the name of its PNG file, without the suffix.
+        title: the heading above it.
+        note: one or two sentences on how to read it.
+        svg: the drawing, in the colours of the style sheet.
+        png: the same drawing in fixed colours.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Chart:
 def drawn(
     name: str, title: str, note: str, draw: Callable[[Axes], None], size: Any = SIZE
 ) -> Chart:
-    """Make a chart of a function that draws on axes."""
+    """Make a chart with a function that draws on matplotlib axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
@@ -75,7 +76,7 @@ def drawn(
 
 
 def in_page_colours(svg: str, name: str) -> str:
-    """An SVG fit to stand inside a page: no prologue, names of its own, the page's colours.
+    """Prepare an SVG for a page: no prologue, ids that are unique, and the page's colours.
 
     Example:
         >>> svg = '<?xml?><svg width="3pt" height="2pt"><g id="a" fill="#1d2430"/></svg>'
@@ -95,7 +96,7 @@ def in_page_colours(svg: str, name: str) -> str:
 def points(
     lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0
 ) -> tuple[list[int], list[float]]:
-    """The steps and values of one figure, where it is known."""
+    """The meta-steps and scaled values of one metric, at the log points that have it."""
     known = [line for line in lines if line.get(key) is not None]
     return [line["step"] for line in known], [scale * line[key] for line in known]
 
@@ -103,9 +104,10 @@ def points(
 def over_steps(
     runs: Sequence[Judged], name: str, title: str, note: str, log: bool = True
 ) -> Chart | None:
-    """One figure of the log points over the meta-steps, of the runs that have it; None if none has.
+    """A chart of one metric over the meta-steps, for the runs that have it; None if none has.
 
-    A figure that stays zero belongs to a method that has no such thing (no linear system).
+    Runs whose metric is always zero are left out, because their method has no such metric (such as
+    the residual of a method without a linear system).
     """
     series = [(number, *points(run.lines, name)) for number, run in enumerate(runs)]
     series = [(number, steps, found) for number, steps, found in series if any(found)]
@@ -129,20 +131,20 @@ def over_steps(
 
 
 def in_meta_steps(axes: Axes) -> None:
-    """The axis below counts meta-steps."""
+    """Label the horizontal axis as meta-steps, with whole numbers only."""
     axes.set_xlabel("meta-step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def look(number: int, length: int = 0) -> dict[str, Any]:
-    """Colour and line of a run; a marker where a line would have one point only."""
+    """The colour and line style of a run; with a marker if the line has only one point."""
     style = ("-", "--", ":")[number // len(RUNS) % 3]
     marker = "o" if length == 1 else None
     return {"color": RUNS[number % len(RUNS)], "linestyle": style, "marker": marker}
 
 
 def accuracy(runs: Sequence[Judged]) -> Chart | None:
-    """Accuracy on training tasks as lines, on validation tasks with 95 % intervals."""
+    """Accuracy on training tasks as lines, and on validation tasks with 95 % intervals."""
     if not any("accuracy" in line for run in runs for line in run.lines):
         return None
 
@@ -170,7 +172,7 @@ def accuracy(runs: Sequence[Judged]) -> Chart | None:
 
 
 def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
-    """Test accuracy of each group of classes, all runs side by side."""
+    """A chart of the test accuracy of each group of classes; None without groups."""
     names = list(dict.fromkeys(name for run in runs for name in run.groups))
     if not names:
         return None
@@ -201,7 +203,7 @@ def groups(runs: Sequence[Judged], episodes: int) -> Chart | None:
 
 
 def memory(runs: Sequence[Judged]) -> Chart | None:
-    """What the compiled meta-step needs besides its arguments; None where no run has ended."""
+    """The temporary memory of each run's compiled program; None if no run's report has it."""
     finals = [run.final for run in runs]
     found = [(final["meta_step_temporary_bytes"] or 0) / 1e6 if final else 0.0 for final in finals]
     if not any(found):
@@ -222,7 +224,7 @@ def memory(runs: Sequence[Judged]) -> Chart | None:
 
 
 def health(runs: Sequence[Judged]) -> list[Chart]:
-    """How far the hypergradients could be trusted, over the run."""
+    """Charts of the metrics that show how far the hypergradients could be trusted."""
     found = [over_steps(runs, *words) for words in HEALTH]
     return [chart for chart in found if chart is not None]
 

@@ -1,4 +1,4 @@
-"""What a page says of one run: what its folder holds, and what its newest checkpoint can do."""
+"""Evaluation of runs for the report: their stored metrics and their newest checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +25,13 @@ from memmeta.runs._trainer import TEST, make_trainer
 
 @dataclass(frozen=True)
 class Episode:
-    """One test task and what the learner says of its query examples.
+    """One test task with the learner's predictions for its query examples.
 
     Attributes:
-        group: the name of the group its classes are from.
+        group: the name of the group that its classes are from.
         task: the task, as NumPy arrays.
-        before: [query, ways] probabilities before adaptation.
-        after: the same after the inner loop.
+        before: the predicted probabilities before adaptation, `[query, ways]`.
+        after: the predicted probabilities after the inner loop.
     """
 
     group: str
@@ -42,16 +42,16 @@ class Episode:
 
 @dataclass(frozen=True)
 class Judged:
-    """One run on the page.
+    """An evaluated run, as it is shown on the page.
 
     Attributes:
-        name: of its folder, with its parent's where two folders have the same.
+        name: the name of its folder, preceded by the parent's where two folders have the same name.
         config: its options.
         lines: its log points.
-        final: its final report; None where it has not ended.
-        step: of the checkpoint that was judged; None where there is none.
-        groups: accuracy on test episodes of each group alone, by the group's name.
-        episode: one test task; None where there is no checkpoint or the examples are no images.
+        final: its final report; None if it has not ended.
+        step: the meta-step of the checkpoint that was evaluated; None if there is no checkpoint.
+        groups: the accuracy on test episodes from a single group, by the group's name.
+        episode: one test task; None if there is no checkpoint.
     """
 
     name: str
@@ -69,26 +69,30 @@ def judge_all(
     data_dir: Path | None = None,
     limits: Limits = Limits(),
 ) -> list[Judged]:
-    """Read runs' folders and put the newest checkpoint of each to the test.
+    """Read run folders and evaluate the newest checkpoint of each run on test episodes.
 
     Args:
-        paths: of the runs' folders.
-        episodes: test episodes of each group, at least 2.
-        data_dir: the folder of the runs' data, where they are not part of the package.
-        limits: what files of data may ask of the machine.
+        paths: the run folders.
+        episodes: the number of test episodes of each group, at least 2.
+        data_dir: the folder of the runs' data, if these are not part of the package.
+        limits: limits on what data files may contain.
 
     Returns:
-        For each run what `write` shows of it: `name` (of its folder, with its parent's where two
-        folders have the same), `config`, its log points as `lines`, its report as `final` (None
-        where it has not ended), the `step` of the checkpoint that was judged (None where there is
-        none), the accuracy on test episodes of each of the `groups`, and as `episode` one test
-        task with the learner's probabilities `before` and `after` adaptation. A run that goes on,
-        or has no checkpoint yet, is shown as far as it is.
+        For each run an object with the attributes that `write` shows:
+
+        - `name`: the name of its folder, preceded by the parent's where two have the same name;
+        - `config`: its options;
+        - `lines`: its log points so far;
+        - `final`: its final report; None if it has not ended;
+        - `step`: the meta-step of the checkpoint that was evaluated; None if there is none;
+        - `groups`: the accuracy on test episodes from a single group, by the group's name;
+        - `episode`: one test task with the learner's probabilities `before` and `after`
+          adaptation; None if there is no checkpoint.
 
     Raises:
-        UserError: one is no run's folder, or its data need `data_dir`.
+        UserError: a folder is not a run folder, or its data need `data_dir`.
         FileError: metrics or a report cannot be read.
-        DataError: a run's data are missing or altered.
+        DataError: the data of a run are missing or altered.
     """
     names = [path.resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -104,7 +108,7 @@ def judge(
     data_dir: Path | None = None,
     limits: Limits = Limits(),
 ) -> Judged:
-    """One run of `judge_all`, under the name it has on the page."""
+    """Evaluate one run for `judge_all`, which chooses its name on the page."""
     folder = RunFolder(path)
     config = folder.config()
     known = partial(Judged, name, config, folder.metrics(), folder.final_report())
@@ -123,14 +127,14 @@ def judge(
 
 
 def only(dataset: Dataset, group: int) -> Dataset:
-    """The classes of one group; the others stay, without examples, so that no shape changes."""
+    """The data set with no examples in the classes of other groups, so that shapes stay equal."""
     return replace(dataset, count=jnp.where(dataset.group == group, dataset.count, 0))
 
 
 def by_group(
     learner: Learner, meta_params: MetaParams, dataset: Dataset, sampler: Episodes, count: int
 ) -> dict[str, Interval]:
-    """Accuracy on episodes of each group alone, for the groups that have enough classes."""
+    """Accuracy on episodes from a single group, for each group that has enough classes."""
 
     @jax.jit
     def accuracies(meta_params: MetaParams, dataset: Dataset, key: Array) -> Array:
@@ -153,7 +157,10 @@ def by_group(
 def one_episode(
     learner: Learner, meta_params: MetaParams, dataset: Dataset, sampler: Episodes, ways: int
 ) -> Episode:
-    """The first test task of the group with the most classes, before and after adaptation."""
+    """The first test task and the predictions for it before and after adaptation.
+
+    If episodes of the data set are from one group, the task is from that with the most classes.
+    """
     sizes = np.bincount(np.asarray(dataset.group), minlength=len(dataset.group_names))
     largest = int(sizes.argmax())
     whole = dataset if not dataset.within_group else only(dataset, largest)
@@ -175,19 +182,19 @@ def one_episode(
 def probabilities(
     learner: Learner, meta_params: MetaParams, task: Task, params: Params, ways: int
 ) -> Float[Array, "query ways"]:
-    r"""What a learner says of each query example, by its outer loss alone.
+    r"""The learner's class probabilities of each query example, computed from its outer loss.
 
     $$p_j(c) \propto \exp(-m f(y_1 \dots y_{j-1}, c, y_{j+1} \dots y_m))$$
 
-    because f is the mean of the m cross-entropies −log p_j(y_j): changing one target changes one
-    term. Only the targets differ, so the network still runs once.
+    holds because f is the mean of the m cross-entropies −log p_j(y_j), so that changing one target
+    changes one term. Only the targets differ, so the network is still evaluated once.
 
     Args:
-        learner: whose outer loss is a mean cross-entropy.
-        meta_params: θ.
+        learner: a learner whose outer loss is a mean cross-entropy.
+        meta_params: the meta-parameters θ.
         task: one task.
-        params: φ.
-        ways: classes.
+        params: the task parameters φ.
+        ways: the number of classes.
 
     Returns:
         Probabilities; each row sums to 1.
@@ -205,5 +212,5 @@ def probabilities(
 
 
 def _key(number: int) -> Array:
-    # the same episodes for every run, so that runs can stand beside each other
+    # the same for every run, so that runs are compared on the same episodes
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), TEST), number)

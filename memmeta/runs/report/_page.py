@@ -1,4 +1,4 @@
-"""The page itself: one HTML file that needs nothing else, and the charts' PNGs beside it."""
+"""The report's page: one HTML file without references to other files, and a PNG of each chart."""
 
 import base64
 import dataclasses
@@ -26,12 +26,12 @@ def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
     """Write the page and the PNGs.
 
     Args:
-        runs: what is on it, side by side; from `judge_all`.
-        page: the HTML file; the PNGs go into a folder of its name without the suffix.
-        episodes: how many test episodes of each group were judged.
+        runs: the runs to show side by side, from `judge_all`.
+        page: the path of the HTML file; the PNGs go into a folder with the same name but no suffix.
+        episodes: on how many test episodes of each group the runs were evaluated.
 
     Returns:
-        All files written.
+        The paths of all files written.
 
     Raises:
         OSError: a file cannot be written.
@@ -50,7 +50,7 @@ def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
 
 
 def html(runs: Sequence[Judged], sections: dict[str, list[Chart]]) -> str:
-    """The whole page as text."""
+    """The whole page as HTML."""
     names = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     body = [
         f"<h1>{escape(names)}</h1>",
@@ -78,7 +78,7 @@ def html(runs: Sequence[Judged], sections: dict[str, list[Chart]]) -> str:
 
 
 def section(title: str, legend: Sequence[Judged], *parts: str) -> str:
-    """A heading, the runs' colours where several are drawn, and what follows."""
+    """A heading, a legend if there are several runs, and the parts; empty if all parts are."""
     content = "\n".join(filter(None, parts))
     if not content:
         return ""
@@ -89,19 +89,19 @@ def section(title: str, legend: Sequence[Judged], *parts: str) -> str:
 
 
 def label(number: int, run: Judged) -> str:
-    """A run's name with its colour."""
+    """The name of a run, in its colour."""
     colour = f"--colour: var(--run-{number % len(RUNS)})"
     return f'<span class="run" style="{colour}">{escape(run.name)}</span>'
 
 
 def subtitle(runs: Sequence[Judged]) -> str:
-    """What the runs are of."""
+    """The data set, ways and shots of the runs."""
     kinds = {(run.config.data, run.config.ways, run.config.shots) for run in runs}
     return "; ".join(f"{data}, {ways}-way {shots}-shot" for data, ways, shots in sorted(kinds))
 
 
 def figures_table(runs: Sequence[Judged]) -> str:
-    """The final figures, a column a run."""
+    """A table of final results, with a column for each run."""
     rows: dict[str, list[str]] = {"method": [run.config.method for run in runs]}
     rows["meta-steps"] = [meta_steps(run) for run in runs]
     finals: list[Any] = [run.final or {} for run in runs]
@@ -120,7 +120,7 @@ def figures_table(runs: Sequence[Judged]) -> str:
 
 
 def options_table(runs: Sequence[Judged]) -> str:
-    """The options, those that differ between the runs first."""
+    """Tables of the options: first those that differ between runs, then, folded, the others."""
     options = [dataclasses.asdict(run.config) for run in runs]
     rows = {name: [str(found[name]) for found in options] for name in options[0]}
     differ = {name: values for name, values in rows.items() if len(set(values)) > 1}
@@ -131,7 +131,7 @@ def options_table(runs: Sequence[Judged]) -> str:
 
 
 def table(runs: Sequence[Judged], rows: dict[str, list[str]]) -> str:
-    """A table with a column a run; it scrolls where the page is narrow."""
+    """A table with a column for each run, without rows that have no values."""
     heads = "".join(f"<th>{label(*run)}</th>" for run in enumerate(runs))
     lines = "".join(
         f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(v)}</td>" for v in values) + "</tr>"
@@ -145,13 +145,13 @@ def table(runs: Sequence[Judged], rows: dict[str, list[str]]) -> str:
 
 
 def meta_steps(run: Judged) -> str:
-    """How far the run is."""
+    """The number of meta-steps done, and of how many if the run has not ended."""
     done = run.lines[-1]["step"] if run.lines else 0
     return str(done) if done == run.config.meta_steps else f"{done} of {run.config.meta_steps}"
 
 
 def best_validation(run: Judged) -> str:
-    """The best validation accuracy and when it was."""
+    """The best validation accuracy and its meta-step; a dash if there is none."""
     found = [line for line in run.lines if line.get("validation_accuracy") is not None]
     if not found:
         return "–"
@@ -161,17 +161,17 @@ def best_validation(run: Judged) -> str:
 
 
 def percent(found: dict[str, float] | None) -> str:
-    """A mean with its interval."""
+    """A mean and its interval in percent; a dash if there is none."""
     return "–" if found is None else f"{100 * found['mean']:.1f} ± {100 * found['interval']:.1f} %"
 
 
 def number(value: Any, form: str, scale: float = 1.0) -> str:
-    """A figure, or a dash where it is not known."""
+    """A scaled and formatted number; a dash for None."""
     return "–" if value is None else form.format(scale * value)
 
 
 def cards(found: Sequence[Chart]) -> str:
-    """Charts as a grid that folds to one column."""
+    """The charts as a grid of cards."""
     inside = "".join(
         f'<figure class="card"><h3>{escape(chart.title)}</h3>'
         f'<p class="soft">{escape(chart.note)}</p>{chart.svg}</figure>'
@@ -181,7 +181,7 @@ def cards(found: Sequence[Chart]) -> str:
 
 
 def remarks_html(runs: Sequence[Judged]) -> str:
-    """What is noteworthy about each run, in words."""
+    """A list of the remarks on each run."""
     items = [
         f"<li>{label(index, run)}: {escape(remark)}</li>"
         for index, run in enumerate(runs)
@@ -191,7 +191,7 @@ def remarks_html(runs: Sequence[Judged]) -> str:
 
 
 def episodes_html(runs: Sequence[Judged]) -> str:
-    """Each run's episode; the same task where data, ways and shots are the same."""
+    """The episode of each run; runs with the same data, ways and shots show the same task."""
     inside = "".join(
         episode_html(index, run) for index, run in enumerate(runs) if run.episode is not None
     )
@@ -205,7 +205,7 @@ def episodes_html(runs: Sequence[Judged]) -> str:
 
 
 def episode_html(index: int, run: Judged) -> str:
-    """One run's episode."""
+    """The episode of one run, with the accuracy before and after adaptation."""
     episode = run.episode
     assert episode is not None
     targets = episode.task.query_targets
@@ -218,7 +218,7 @@ def episode_html(index: int, run: Judged) -> str:
 
 
 def class_html(episode: Episode, way: int) -> str:
-    """One class of an episode: its support examples, then some of its query examples."""
+    """One class of an episode: some of its support examples, then some of its query examples."""
     task, name = episode.task, class_name(way)
     support = [
         tile(task.support_inputs[i], "support", name)
@@ -228,28 +228,28 @@ def class_html(episode: Episode, way: int) -> str:
     for i in np.flatnonzero(task.query_targets == way)[:QUERIES_SHOWN]:
         before, after = episode.before[i], episode.after[i]
         right = after.argmax() == way
-        said = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
-        query.append(tile(task.query_inputs[i], "right" if right else "wrong", said))
+        caption = f"{said_of(before)} →<br><b>{said_of(after)} {'✓' if right else '✗'}</b>"
+        query.append(tile(task.query_inputs[i], "right" if right else "wrong", caption))
     tiles = "".join(f'<div class="tiles">{"".join(found)}</div>' for found in (support, query))
     return f'<div class="class">{tiles}</div>'
 
 
 def said_of(probabilities: np.ndarray) -> str:
-    """The likeliest class with its probability; none where all are alike."""
+    """The most probable class and its probability; "any" if all are equally probable."""
     if np.ptp(probabilities) < 1e-3:
         return "any"
     return f"{class_name(int(probabilities.argmax()))} {100 * probabilities.max():.0f} %"
 
 
 def class_name(way: int) -> str:
-    """A, B, C, …; labels carry no meaning from one episode to the next."""
+    """A, B, C, …, because a label means a different class in every episode."""
     return LETTERS[way] if way < len(LETTERS) else str(way)
 
 
 def tile(
     image: Shaped[Array | np.ndarray, "height width channels"], kind: str, caption: str
 ) -> str:
-    """One example with what stands below it."""
+    """One example with a caption below."""
     return (
         f'<figure class="tile {kind}"><img alt="" src="{data_uri(image)}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -257,7 +257,7 @@ def tile(
 
 
 def data_uri(image: Shaped[Array | np.ndarray, "height width channels"]) -> str:
-    """An image as text, to be part of the page; floating-point images are 0 to 1."""
+    """An image as a data URI, so that the page needs no other file; floats are from 0 to 1."""
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8:
         pixels = np.clip(255 * pixels, 0, 255).astype(np.uint8)

@@ -1,9 +1,9 @@
-"""What a person should know about a run, in words. Explained in docs/how-to/health.md."""
+"""Sentences about trouble in a run, for the report page; docs/how-to/health.md explains them."""
 
 from memmeta.runs.report._judge import Judged
 
 LEFT_OVER = 0.1
-"""A linear residual above this is worth a remark."""
+"""A relative residual of the linear solver above this is remarked on."""
 TROUBLE = {
     "masked": "tasks were not finite and were left out of the averages: lower the rates, raise the "
     "ridge, or look at the data",
@@ -16,7 +16,7 @@ TROUBLE = {
 
 
 def remarks(run: Judged) -> list[str]:
-    """Everything noteworthy about a run; one reassuring line where there is nothing.
+    """Sentences about everything unusual in a run, or one that says that nothing was.
 
     Args:
         run: the run.
@@ -46,7 +46,7 @@ def remarks(run: Judged) -> list[str]:
 
 
 def _fallen(run: Judged) -> list[str]:
-    """Whether validation accuracy is far below its best."""
+    """A remark if the last validation accuracy is clearly below the best one, otherwise none."""
     checked = [line for line in run.lines if line.get("validation_accuracy") is not None]
     if not checked:
         return []
