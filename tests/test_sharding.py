@@ -122,6 +122,7 @@ def test_every_method_on_four_devices_is_that_on_one_with_one_message(name):
     network = mm.models.mlp(2, widths=(4,), input_shape=(3,))
     inner = {"inner": mm.InnerLoop(optax.sgd(0.1), steps=2)}
     takes_inner = "inner" in inspect.signature(METHODS[name]).parameters
+    takes_inner &= name != "meta_sgd"  # its loop reads the learned rates
     learner = METHODS[name](network, **(inner if takes_inner else {}))
     labels = jnp.tile(jnp.arange(4, dtype=jnp.int32) % 2, (4, 1))
     images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)) + labels[..., None].astype(
