@@ -21,7 +21,7 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
-from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, spread
+from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
 from memmeta.meta._metrics import DEFAULT_GUARD, Guard, Metrics, Sums, TaskMetrics, averages, sums
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
 
@@ -232,11 +232,11 @@ class MetaStep:
         self, state: MetaState, tasks: Batch, memory: Memory | None
     ) -> tuple[MetaParams, Metrics, Memory | None]:
         """`gradient` with what the estimator returned for these tasks last time."""
-        sums_of: Callable[..., Any] = partial(self._sums, self.chunk(tasks))
+        sums_of = spread(
+            self.mesh, partial(self._sums, self.chunk(tasks)), split=3, out=(False, True, True)
+        )
         draw = jax.random.fold_in(jax.random.fold_in(state.key, DRAWS), state.step)
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
-        if self.mesh is not None:
-            sums_of = spread(self.mesh, sums_of, split=3, out=(False, True, True))
         whole = (state.meta_params, draw, state.step)
         total, per_task, memory = sums_of(*whole, tasks, numbers, memory)
         used = jnp.maximum(total.counts[0], 1)
@@ -287,16 +287,12 @@ class MetaStep:
         per_task, memory = jax.tree.map(
             lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
         )
-        summed = sums(total, per_task, numbers[0] // count, self._devices)
-        if self._devices > 1:
+        summed = sums(total, per_task, numbers[0] // count, shards(self.mesh))
+        if shards(self.mesh) > 1:
             # XLA (jax 0.10.2) would send a sum that is known early in an all-reduce of its own;
             # behind the barrier all travel in one.
             summed = jax.lax.psum(jax.lax.optimization_barrier(summed), TASKS)
         return summed, per_task, memory
-
-    @property
-    def _devices(self) -> int:
-        return 1 if self.mesh is None else self.mesh.shape[TASKS]
 
     def chunk(self, tasks: Batch) -> int:
         """How many tasks are worked on at once on each device.
@@ -311,7 +307,7 @@ class MetaStep:
             ValueError: the tasks cannot be shared out evenly over devices or chunks.
         """
         count = trees.leading_size(tasks, "tasks")
-        devices = self._devices
+        devices = shards(self.mesh)
         if count == 0:
             raise ValueError("tasks: expected at least one task, found 0.")
         if count % devices:
