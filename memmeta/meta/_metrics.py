@@ -166,10 +166,7 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     used, nothing = summed.counts[0], summed.counts[0] == 0
     figures = jax.tree.structure((tasks.loss, tasks.report))
     loss, report = jax.tree.unflatten(figures, summed.figures / used)  # 0/0 where none is usable
-    errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
-    report = report._replace(
-        **jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors)
-    )
+    report = errors_infinite(nothing, report)
     if summed.smallest is not None:
         smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))
         report = report._replace(smallest_curvature=smallest)
@@ -183,6 +180,12 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         counts=Counts(*[*counts[1:], jnp.int32(0)]),
         tasks=tasks,
     )
+
+
+def errors_infinite(nothing: Bool[Array, ""], report: Report) -> Report:
+    """A mean report whose error figures are infinite where no task was usable."""
+    errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
+    return report._replace(**jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors))
 
 
 def _wide(leaf: Array) -> Any:

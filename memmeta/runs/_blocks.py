@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 from memmeta._trees import is_inexact
 from memmeta.data import Dataset, HostDataset
 from memmeta.meta import MetaState, MetaStep, Metrics
+from memmeta.meta._metrics import errors_infinite
 from memmeta.problem import Batch
 
 
@@ -143,10 +144,7 @@ def _means(total: Metrics) -> Metrics:
     means = jax.tree.map(lambda x: x / total.used.astype(x.dtype) if is_inexact(x) else x, total)
     unknown = lambda curvature: jnp.where(nothing, jnp.nan, curvature)  # noqa: E731
     means = _with_smallest(means, unknown, total)
-    report = means.report
-    errors = {"error_estimate": report.error_estimate, "error_bound": report.error_bound}
-    errors = jax.tree.map(lambda error: jnp.where(nothing, jnp.inf, error), errors)
-    return means._replace(report=report._replace(**errors))
+    return means._replace(report=errors_infinite(nothing, means.report))
 
 
 def _with_smallest(metrics: Metrics, combine: Callable[..., Array], *parts: Metrics) -> Metrics:
