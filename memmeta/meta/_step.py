@@ -1,7 +1,7 @@
 """The meta-step: hypergradients of chunks of tasks summed in a scan, one outer update, one jit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -63,7 +63,8 @@ class MetaState(NamedTuple):
 class MetaStep:
     """One outer iteration: call it, or trace `update` in a program of your own.
 
-    Its attributes are the arguments of `make_meta_step`.
+    Its attributes are the arguments of `make_meta_step`; and over how many `devices` it spreads
+    tasks.
     """
 
     problem: Problem
@@ -74,6 +75,7 @@ class MetaStep:
     mesh: Mesh | None = None
     guard: Guard | None = DEFAULT_GUARD
     strict: bool = False
+    devices: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         kinds = {
@@ -93,6 +95,7 @@ class MetaStep:
         if self.task_chunk not in (None, "auto"):
             _checks.count("task_chunk", self.task_chunk)
         object.__setattr__(self, "mesh", mesh_of_tasks(self.mesh))
+        object.__setattr__(self, "devices", shards(self.mesh))
 
     def init(self, meta_params: MetaParams, key: Key[Array, ""] | None = None) -> MetaState:
         """The state of a new run.
@@ -232,9 +235,9 @@ class MetaStep:
         self, state: MetaState, tasks: Batch, memory: Memory | None
     ) -> tuple[MetaParams, Metrics, Memory | None]:
         """`gradient` with what the estimator returned for these tasks last time."""
-        sums_of = spread(
-            self.mesh, partial(self._sums, self.chunk(tasks)), split=3, out=(False, True, True)
-        )
+        sums_of: Callable[..., Any] = partial(self._sums, self.chunk(tasks))
+        if self.mesh is not None:
+            sums_of = spread(self.mesh, sums_of, split=3, out=(False, True, True))
         draw = jax.random.fold_in(jax.random.fold_in(state.key, DRAWS), state.step)
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
         whole = (state.meta_params, draw, state.step)
@@ -287,8 +290,8 @@ class MetaStep:
         per_task, memory = jax.tree.map(
             lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
         )
-        summed = sums(total, per_task, numbers[0] // count, shards(self.mesh))
-        if shards(self.mesh) > 1:
+        summed = sums(total, per_task, numbers[0] // count, self.devices)
+        if self.devices > 1:
             # XLA (jax 0.10.2) would send a sum that is known early in an all-reduce of its own;
             # behind the barrier all travel in one.
             summed = jax.lax.psum(jax.lax.optimization_barrier(summed), TASKS)
@@ -307,7 +310,7 @@ class MetaStep:
             ValueError: the tasks cannot be shared out evenly over devices or chunks.
         """
         count = trees.leading_size(tasks, "tasks")
-        devices = shards(self.mesh)
+        devices = self.devices
         if count == 0:
             raise ValueError("tasks: expected at least one task, found 0.")
         if count % devices:
