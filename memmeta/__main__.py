@@ -115,7 +115,7 @@ def run_train(command: Train) -> None:
     path = command.run or _new_path(command.config)
     if command.resume:
         with old_run(path) as folder:
-            trainer, block = _prepared(command)
+            trainer, block = _prepared(command, folder)
             _train_in(folder, command, trainer, block)
         return
     if processes.is_first():
@@ -130,12 +130,15 @@ def _new_path(config: Config) -> Path:
     return unused_path(Path("runs"), f"{config.data}-{config.method}".replace("/", "-"))
 
 
-def _prepared(command: Train) -> tuple[Trainer, Block]:
+def _prepared(command: Train, resumed: RunFolder | None = None) -> tuple[Trainer, Block]:
     from memmeta.runs import _progress as progress
 
     config = command.config
     mesh = devices.chosen(command.devices, config.tasks)
     trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
+    if trainer.head is not None and resumed and checkpoints.whole(resumed.checkpoints):
+        require_unaltered(resumed, config)
+        trainer, _ = trainer.restored(resumed.checkpoints)  # its head, before it is compiled
     progress.console.print(
         f"{config.method} on {config.data}, {config.ways}-way {config.shots}-shot, "
         f"on {mesh_of.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
@@ -191,8 +194,8 @@ def run_evaluate(command: Evaluate) -> None:
     config = replace(confirmed(stored, command.data_dir), **changes)
     devices.use(devices.cores())
     mesh = devices.chosen(None, config.tasks)
-    trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
-    state = checkpoints.restore(folder.checkpoints, trainer.init())
+    made = make_trainer(config, mesh, command.limits, progress.data_bar)
+    trainer, state = made.restored(folder.checkpoints)
     progress.print_report(final_report(trainer, state, folder))
 
 

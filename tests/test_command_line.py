@@ -4,15 +4,25 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
 import pandas
 import pytest
 
+from memmeta import models
 from memmeta.__main__ import main
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
-from memmeta.runs import Config, RunFolder, checkpoints, make_trainer, new_run
+from memmeta.runs import (
+    Config,
+    RunFolder,
+    UserError,
+    checkpoints,
+    make_trainer,
+    new_run,
+    train,
+)
 
 SMALL = [
     *(
@@ -25,6 +35,7 @@ SMALL = [
         "--log-every=2",
     ),
     *("--checkpoint-every=2", "--episodes=4", "--inner-steps=5", "--devices=1"),
+    "--head-start=random",
 ]
 
 
@@ -38,7 +49,7 @@ def run(tmp_path_factory):
 
 def parameters(path):
     folder = RunFolder(path)
-    return checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+    return make_trainer(folder.config()).restored(folder.checkpoints)[1]
 
 
 def last_line(capsys):
@@ -67,7 +78,26 @@ def test_evaluate(run, capsys):
     assert "3 episodes" in capsys.readouterr().out
 
 
-def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
+def with_another_initialisation(monkeypatch):
+    """From now on networks start otherwise, and so do the heads that a seed gives."""
+    monkeypatch.setattr(models, "conv4", partial(models.conv4, initialisation="xavier_uniform"))
+
+
+def test_a_random_head_is_that_of_the_checkpoint(run, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        assert main(["evaluate", str(run), "--test-steps=0"]) == 0  # the head alone decides
+        outputs.append(capsys.readouterr().out)
+        with_another_initialisation(monkeypatch)
+    assert outputs[0] == outputs[1]
+    another = make_trainer(RunFolder(run).config())
+    with pytest.raises(UserError, match="hold another random head than the trainer"):
+        train(another, another.compile(), RunFolder(run), resume=True)
+
+
+def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path, monkeypatch):
+    """Where heads start is in the checkpoints, so that a newer default changes nothing."""
+    with_another_initialisation(monkeypatch)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for step in (4, 6):
@@ -86,6 +116,8 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
         for path in (run, copy)
     )
     pandas.testing.assert_frame_equal(first, second)
+    first, second = (json.loads((path / "report.json").read_text()) for path in (run, copy))
+    assert first["accuracy"] == second["accuracy"]
 
 
 def _plain(leaf):

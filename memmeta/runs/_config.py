@@ -17,6 +17,8 @@ from memmeta.data._files import FileError, decode
 from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
+from memmeta.models import Network
+from memmeta.problem import Params
 
 if TYPE_CHECKING:
     Method: TypeAlias = str
@@ -81,7 +83,7 @@ class Config:
     alone, or support and query separately."""
     head_start: Literal["zeros", "random"] = "zeros"
     """Initial value of every task's head, for methods that do not learn it; a random head is drawn
-    from the seed and never trained."""
+    from the seed, never trained, and kept in the checkpoints."""
     inner_steps: int | None = None
     """Steps of the inner loop in training; None: the method's own default."""
     test_steps: int | None = None
@@ -195,13 +197,35 @@ class Config:
         other_family = replace(any_style, queries=queries, cross_family=True)
         return {"any styles": any_style, "different font families": other_family}
 
-    def learner(self, image_shape: tuple[int, ...], *, test: bool = False) -> Learner:
+    def network(self, image_shape: tuple[int, ...]) -> Network:
+        """The network that fits examples of a shape: height, width and channels."""
+        height, width, channels = image_shape
+        return models.conv4(
+            self.ways,
+            width=self.width,
+            image_shape=(height, width, channels),
+            round_up=not self.round_down,
+            head_scale=1.0,  # used if the method learns the initial head, or if it is random
+        )
+
+    def drawn_head(self, image_shape: tuple[int, ...]) -> Params | None:
+        """A random head drawn from the seed, as NumPy arrays; None if heads start from zeros."""
+        if self.head_start == "zeros":
+            return None
+        head = jax.jit(self.network(image_shape).init)(jax.random.key(self.seed))["head"]
+        found: Params = jax.device_get(head)
+        return found
+
+    def learner(
+        self, image_shape: tuple[int, ...], *, test: bool = False, head: Params | None = None
+    ) -> Learner:
         """The method with the options of this run, and a network that fits the data.
 
         Args:
             image_shape: height, width and channels of the examples.
             test: whether the inner loop makes `test_steps` steps, if given, instead of
                 `inner_steps`.
+            head: where every task's head starts; None: `drawn_head`.
 
         Raises:
             UserError: an option was given that the method does not have, or the method cannot be
@@ -211,14 +235,6 @@ class Config:
         remedy = "; it needs a finite set of tasks: memmeta.meta.WarmStart in a loop of your own"
         expected = "a method that starts every task afresh, such as memory_reduced"
         _require("method", self.method, self.method != "amigo", expected + remedy)
-        height, width, channels = image_shape
-        network = models.conv4(
-            self.ways,
-            width=self.width,
-            image_shape=(height, width, channels),
-            round_up=not self.round_down,
-            head_scale=1.0,  # used if the method learns the initial head, or if it is random
-        )
         known = inspect.signature(method).parameters
         options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
         given = {name: value for name, value in options.items() if value is not None}
@@ -228,10 +244,11 @@ class Config:
             )
         if self.head_start == "random":
             _require("head_start", "random", "start" in known, f"zeros: {self.method} has no start")
-            given["start"] = jax.jit(network.init)(jax.random.key(self.seed))["head"]
+            given["start"] = self.drawn_head(image_shape) if head is None else head
         if "inner" in known:
             steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
             given["inner"] = self._inner(known["inner"].default, steps)
+        network = self.network(image_shape)
         learner: Learner = method(network, statistics=self.statistics, **given)
         return learner
 

@@ -14,7 +14,7 @@ from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._explain import in_trouble
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
-from memmeta.runs._config import Config, UserError
+from memmeta.runs._config import UserError
 from memmeta.runs._folder import RunFolder
 from memmeta.runs._interruption import Interrupted, Stopped, interruptible
 from memmeta.runs._stored import require_unaltered
@@ -57,7 +57,7 @@ def train(
     config, state, metrics = trainer.config, trainer.init(), None
     validation = trainer.judged["any styles"]
     if resume:
-        state = _resumed(config, folder, state)
+        state = _resumed(trainer, folder, state)
     with interruptible() as interrupted:
         while (step := int(state.step)) < config.meta_steps:
             count = min(config.log_every - step % config.log_every, config.meta_steps - step)
@@ -80,7 +80,7 @@ def train(
             show(line | ({"trouble": explain(metrics)} if in_trouble(metrics) else {}))
             stopping = interrupted()
             if due or stopping:
-                _save(folder, config, step, state)
+                _save(folder, trainer, step, state)
             if stopping and step < config.meta_steps:
                 raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
     if metrics is not None and not int(metrics.used):
@@ -88,16 +88,23 @@ def train(
     return state
 
 
-def _save(folder: RunFolder, config: Config, step: int, state: MetaState) -> None:
+def _save(folder: RunFolder, trainer: Trainer, step: int, state: MetaState) -> None:
     folder.require_here()
-    checkpoints.save(folder.checkpoints, step, state, {"config": config.plain()})
+    note = {"config": trainer.config.plain()}
+    checkpoints.save(folder.checkpoints, step, trainer.stored(state), note)
 
 
-def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
+def _resumed(trainer: Trainer, folder: RunFolder, state: MetaState) -> MetaState:
     """Restore the newest checkpoint, and drop the metrics of later meta-steps."""
+    config = trainer.config
     require_unaltered(folder, config)
     if checkpoints.whole(folder.checkpoints):
-        state = checkpoints.restore(folder.checkpoints, state)
+        known, state = trainer.restored(folder.checkpoints)
+        if not jax.tree.all(jax.tree.map(np.array_equal, known.head, trainer.head)):
+            raise UserError(
+                f"{folder.path}: its checkpoints hold another random head than the trainer; "
+                "compile the trainer that trainer.restored(folder.checkpoints) returns"
+            )
     else:  # the run ended before its first checkpoint, or somebody removed the checkpoints
         last = max((line["step"] for line in folder.metrics()), default=0)
         if last > config.checkpoint_every or folder.final_report() is not None:
@@ -121,7 +128,7 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
         if in_trouble(metrics):
             break
     step = int(before.step)
-    _save(folder, trainer.config, step, before)
+    _save(folder, trainer, step, before)
     gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
     tasks = gather(trainer.batch(before, dataset))
     file = folder.save_batch(tasks)

@@ -115,14 +115,13 @@ def judge(
     if not checkpoints.whole(folder.checkpoints):
         return known(None, {}, None)
     require_unaltered(folder, config)
-    trainer = make_trainer(confirmed(config, data_dir), limits=limits)
-    state = checkpoints.restore(folder.checkpoints, trainer.init())
+    made = make_trainer(confirmed(config, data_dir), limits=limits)
+    trainer, state = made.restored(folder.checkpoints)
     test = trainer.splits["test"]
     dataset = test.to_device() if isinstance(test, HostDataset) else test
-    learner = config.learner(dataset.example_shape, test=True)
     sampler = trainer.judged["any styles"]
-    groups = by_group(learner, state.meta_params, dataset, sampler, episodes)
-    episode = one_episode(learner, state.meta_params, dataset, sampler, config.ways)
+    groups = by_group(trainer.judge, state.meta_params, dataset, sampler, episodes)
+    episode = one_episode(trainer.judge, state.meta_params, dataset, sampler, config.ways)
     return known(int(state.step), groups, episode)
 
 
