@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.hypergradient import Report
+from memmeta.hypergradient._seam import Wanted
 from memmeta.problem import MetaParams, Scalar
 
 GREW = 10.0
@@ -20,6 +21,8 @@ this share of its right-hand side, is too short for an implicit rule."""
 
 class Counts(NamedTuple):
     """Trouble met in a meta-step, as numbers of tasks; `refused` as a number of meta-steps.
+
+    Under `report="none"` all but `masked` and `refused` are None: not looked at.
 
     Attributes:
         masked: left out of every average, because something about them was not finite: the sum of
@@ -40,14 +43,14 @@ class Counts(NamedTuple):
     """
 
     masked: Int32[Array, ""]
-    inputs: Int32[Array, ""]
-    inner_loop: Int32[Array, ""]
-    outer_loss: Int32[Array, ""]
-    hypergradient: Int32[Array, ""]
-    diverging: Int32[Array, ""]
-    unconverged: Int32[Array, ""]
-    unsolved: Int32[Array, ""]
-    indefinite: Int32[Array, ""]
+    inputs: Int32[Array, ""] | None
+    inner_loop: Int32[Array, ""] | None
+    outer_loss: Int32[Array, ""] | None
+    hypergradient: Int32[Array, ""] | None
+    diverging: Int32[Array, ""] | None
+    unconverged: Int32[Array, ""] | None
+    unsolved: Int32[Array, ""] | None
+    indefinite: Int32[Array, ""] | None
     refused: Int32[Array, ""]
 
 
@@ -114,6 +117,13 @@ class Sums(NamedTuple):
     smallest: Float[Array, " devices"] | None
 
 
+def report_of(report: Report, wanted: Wanted) -> Report:
+    """A report without what is not wanted."""
+    if not wanted.figures:
+        return Report()
+    return report if wanted.errors else report._replace(error_estimate=None, error_bound=None)
+
+
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
     """Add up the figures of one device's tasks."""
 
@@ -123,7 +133,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
 
     dtype = _wide(tasks.loss)
     figures = [leaf.astype(dtype) for leaf in jax.tree.leaves((tasks.loss, tasks.report))]
-    counts = jnp.stack([tasks.usable, *_trouble(tasks)], axis=1)
+    counts = jnp.stack([tasks.usable, ~tasks.usable, *_trouble(tasks)], axis=1)
     curvature, smallest = tasks.report.smallest_curvature, None
     if curvature is not None:
         own = jnp.arange(devices, dtype=device.dtype) == device
@@ -139,11 +149,14 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
 
 
 def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
-    """Which tasks each of the `Counts` counts, in their order, without `refused`."""
+    """Which tasks each of the `Counts` counts, in their order, without `masked` and `refused`."""
     report, usable = tasks.report, tasks.usable
-    stepped = report.inner_steps > 0
+    norm, reduction, steps = report[:3]
+    if norm is None or reduction is None or steps is None:  # not asked for
+        return []
+    stepped = steps > 0
     found, causes = ~usable, []
-    finite = (tasks.finite_inputs, ~stepped | jnp.isfinite(report.inner_gradient_norm))
+    finite = (tasks.finite_inputs, ~stepped | jnp.isfinite(norm))
     for sound in (*finite, jnp.isfinite(tasks.loss)):
         causes.append(found & ~sound)
         found &= sound
@@ -151,11 +164,10 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     residual = 0 if report.linear_residual is None else report.linear_residual
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
     return [  # `~(… < …)`: NaN counts as trouble
-        ~usable,
         *causes,
         found,
-        usable & stepped & ~(report.inner_reduction < GREW),
-        implicit & ~(report.inner_reduction <= LEFT),
+        usable & stepped & ~(reduction < GREW),
+        implicit & ~(reduction <= LEFT),
         implicit & ~(jnp.asarray(residual) <= LEFT),
         usable & (jnp.asarray(curvature) <= 0),
     ]
@@ -171,13 +183,14 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))
         report = report._replace(smallest_curvature=smallest)
     counts = summed.counts.astype(jnp.int32)
+    causes = list(counts[2:]) or [None] * (len(Counts._fields) - 2)
     return Metrics(
         loss=loss,
         aux=jax.tree.map(lambda leaf: leaf / used.astype(leaf.dtype), summed.aux),
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
         used=counts[0],
-        counts=Counts(*[*counts[1:], jnp.int32(0)]),
+        counts=Counts(*[counts[1], *causes, jnp.int32(0)]),
         tasks=tasks,
     )
 
