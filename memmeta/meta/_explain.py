@@ -1,6 +1,8 @@
 """A meta-step's metrics in one sentence, for a person."""
 
-from memmeta.meta._metrics import LEFT, Metrics
+import numpy as np
+
+from memmeta.meta._metrics import KINDS, LEFT, Metrics
 
 CAUSES = {
     "inputs": "data are not finite (look at the tasks)",
@@ -77,7 +79,7 @@ def explain(metrics: Metrics) -> str:
         )
     if not used:
         found.append("no task was usable, so nothing was learned")
-    if not found and len(counts) < len(metrics.counts):
+    if not found and len(counts) < len(KINDS):
         return f'All {used} tasks are finite; no more was looked at (report="none").'
     return ". ".join(found) + "." if found else f"All {used} tasks went well."
 
@@ -89,5 +91,4 @@ def in_trouble(metrics: Metrics) -> bool:
 
 def _known(metrics: Metrics) -> dict[str, int]:
     """The counts as numbers, without those that were not asked for."""
-    counts = metrics.counts._asdict()
-    return {name: int(count) for name, count in counts.items() if count is not None}
+    return dict(zip(metrics.counts.names, np.asarray(metrics.counts.numbers).tolist(), strict=True))

@@ -31,6 +31,7 @@ from memmeta.meta._metrics import (
     averages,
     report_of,
     sums,
+    with_refused,
 )
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
 
@@ -207,8 +208,8 @@ class MetaStep:
         keep, guard = metrics.used > 0, state.guard
         if self.guard is not None and guard is not None:
             accepted, guard = self.guard.accepts(guard, metrics.gradient_norm, proposed)
-            counts = metrics.counts._replace(refused=(keep & ~accepted).astype(jnp.int32))
-            metrics, keep = metrics._replace(counts=counts), keep & accepted
+            refused = (keep & ~accepted).astype(jnp.int32)
+            metrics, keep = with_refused(metrics, refused), keep & accepted
         floats, optimizer = trees.where(keep, proposed, (floats, state.optimizer))
         theta = trees.merge(floats, others)
         following = MetaState(state.step + 1, theta, optimizer, state.key, guard)
