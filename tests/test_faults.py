@@ -307,7 +307,7 @@ def test_a_long_run_on_adversarial_tasks_ends_finite(estimator):
     state, counts = run(step.init(jnp.linspace(-1.0, 1.0, 4)))
     assert np.isfinite(state.meta_params).all()
     assert np.abs(state.meta_params).max() < 100
-    totals = {name: int(jnp.sum(count)) for name, count in counts._asdict().items()}
+    totals = {name: int(jnp.sum(count)) for name, count in counts.as_dict().items()}
     assert totals["masked"] > 1000
     assert totals["refused"] > 0
     if estimator == "implicit":

@@ -21,7 +21,8 @@ from benchmarks.accuracy.settings import Preset, Setting, Sizes, Split, make_lea
 from benchmarks.harness.programs import compiled, temporary_megabytes
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import Learner
-from memmeta.meta import Counts, confidence_interval
+from memmeta.meta import confidence_interval
+from memmeta.meta._metrics import KINDS
 from memmeta.problem import MetaParams, Task
 
 STATISTICS: tuple[Statistics, ...] = ("transductive", "support")
@@ -101,10 +102,10 @@ def train_program(job: Job, learner: Learner, dataset: Split) -> tuple[Any, Call
             state = state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
             tasks = sample(dataset, jax.random.fold_in(state.key, state.step), job.sizes.tasks)
             state, metrics = step.update(state, tasks)
-            found = {"loss": metrics.loss, **metrics.counts._asdict()}
+            found = {"loss": metrics.loss, **metrics.counts.as_dict()}
             return state, jax.tree.map(lambda s, f: s + f.astype(s.dtype), sums, found)
 
-        counts = dict.fromkeys(Counts._fields, jnp.int32(0))
+        counts = dict.fromkeys(KINDS, jnp.int32(0))
         return jax.lax.fori_loop(0, count, body, (state, {"loss": jnp.float32(0), **counts}))
 
     shape = jax.eval_shape(start, jax.random.key(0))

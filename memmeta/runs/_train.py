@@ -149,7 +149,7 @@ def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str,
     }
     line: dict[str, Any] = {"step": step}
     line |= {name: float(value) for name, value in figures.items()}
-    line |= {name: int(count) for name, count in metrics.counts._asdict().items()}
+    line |= {name: int(count) for name, count in metrics.counts.as_dict().items()}
     return line | {"tasks_per_second": tasks_per_second}
 
 

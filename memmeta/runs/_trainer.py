@@ -259,7 +259,7 @@ def make_trainer(
     head = config.drawn_head(splits["train"].example_shape)
     learner = config.learner(splits["train"].example_shape, head=head)
     meta_step = learner.make_meta_step(
-        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh
+        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh, report="full"
     )
     if not config.on_host:
         splits = {name: mesh_of.place(meta_step.mesh, split) for name, split in splits.items()}
