@@ -1,7 +1,8 @@
 """What a meta-step reports, and the guard that decides from it whether an update is kept."""
 
 import operator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -37,7 +38,6 @@ KINDS = (
 """What is counted, see `Counts`."""
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
     """Trouble met in a meta-step, as numbers of tasks; `refused` as a number of meta-steps.
@@ -66,7 +66,7 @@ class Counts:
     """
 
     numbers: Int32[Array, "*meta_steps counts"]
-    names: tuple[str, ...] = field(metadata={"static": True})
+    names: tuple[str, ...]
 
     def __getattr__(self, name: str) -> Any:
         if name not in KINDS:
@@ -77,6 +77,22 @@ class Counts:
     def as_dict(self) -> dict[str, Int32[Array, "*meta_steps"]]:
         """Those that were looked at, by name, in their order."""
         return {name: self.numbers[..., place] for place, name in enumerate(self.names)}
+
+
+def _of_leaves(names: tuple[str, ...], leaves: Iterable[Any]) -> Counts:
+    # Not by the class itself, which would check a leaf that is a shape or a sharding as an array.
+    made = object.__new__(Counts)
+    (numbers,) = leaves
+    object.__setattr__(made, "numbers", numbers)
+    object.__setattr__(made, "names", names)
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(
+    Counts,
+    lambda counts: (((jax.tree_util.GetAttrKey("numbers"), counts.numbers),), counts.names),
+    _of_leaves,
+)
 
 
 class TaskMetrics(NamedTuple):
