@@ -69,11 +69,11 @@ def lines(path):
 
 
 def final_state(path):
-    """The bytes of every parameter of the newest checkpoint."""
+    """The bytes of every array of the newest checkpoint."""
     folder = RunFolder(path)
-    state = checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+    trainer, state = make_trainer(folder.config()).restored(folder.checkpoints)
     state = state._replace(key=jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.stored(state))]
 
 
 def assert_same_run(first, second):

@@ -25,7 +25,6 @@ from memmeta.meta import confidence_interval
 from memmeta.meta._metrics import KINDS
 from memmeta.problem import MetaParams, Task
 
-STATISTICS: tuple[Statistics, ...] = ("transductive", "support")
 BASELINE = "gaussian_process"
 MEASURED = 1.0  # seconds of meta-steps from which their number is worked out
 CHUNK = 20  # test tasks worked on at once
@@ -172,9 +171,10 @@ def evaluation_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split]
     One program: the inner loop goes on from T to 2 T steps.
     """
     recipe = recipe_of(job.preset, job.setting, job.method)
+    kinds: tuple[Statistics, ...] = (recipe.statistics,)
     learners = {
         kind: make_learner(job.setting, job.sizes, dataset, job.method, recipe, kind)
-        for kind in (STATISTICS[:1] if job.setting.curves else STATISTICS)
+        for kind in (kinds if job.setting.curves else (*kinds, "support"))
     }
     first = next(iter(learners.values()))
     inner = recipe.test or first.inner
@@ -252,4 +252,4 @@ def baseline(job: Job, seed: int, dataset: Split) -> Record:
     tasks = jax.jit(sample, static_argnums=(2,))(dataset, jax.random.key(0), job.sizes.episodes)
     errors = jax.jit(partial(jax.lax.map, regression.gaussian_process, batch_size=CHUNK))(tasks)
     found = confidence_interval(np.asarray(errors))._asdict()
-    return job.identity(seed) | {"figures": {STATISTICS[0]: {"0": found}}}
+    return job.identity(seed) | {"figures": {"transductive": {"0": found}}}
