@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from memmeta import _checks
 from memmeta import _trees as trees
@@ -19,6 +19,7 @@ from memmeta.few_shot._head import HeadContext
 from memmeta.few_shot._losses import linear_head_problem
 from memmeta.few_shot._tasks import check_tasks
 from memmeta.models import Network, linear_head
+from memmeta.models._network import Features
 from memmeta.problem import MetaParams, Params, Problem, Scalar, Structure, Task
 
 Statistics: TypeAlias = Literal["transductive", "support", "separate"]
@@ -48,19 +49,32 @@ class NetworkContext(NamedTuple):
     rates: PyTree | None = None
 
 
+def key_of(task: Task, part: Literal["support", "query"]) -> Key[Array, ""] | None:
+    """What a pass over a part of the task draws its noise of, the same in every inner step.
+
+    A new one in each step would make g another function at each: no rule for its minimiser, and no
+    step size, holds for that.
+    """
+    key = task.extras.get("key") if isinstance(task.extras, dict) else None
+    return None if key is None else jax.random.fold_in(key, ("support", "query").index(part))
+
+
 def features_of(
     network: Network, body: Params, task: Task, statistics: Statistics
-) -> tuple[Float[Array, "support features"], Float[Array, "query features"]]:
+) -> tuple[Features, Features]:
     """The features of a task's support and query examples."""
     inputs = (task.support_inputs, task.query_inputs)
     weights = (present(task.support_targets), present(task.query_targets))
+    keys = (key_of(task, "support"), key_of(task, "query"))
     if statistics == "separate":
-        return network.body(body, inputs[0], weights[0]), network.body(body, inputs[1], weights[1])
+        support, query = zip(inputs, weights, keys, strict=True)
+        return network.noisy_body(body, *support), network.noisy_body(body, *query)
     if statistics == "support":
         weights = (weights[0], jnp.zeros_like(weights[1]))
-    support = task.support_inputs.shape[0]
-    features = network.body(body, jnp.concatenate(inputs), jnp.concatenate(weights))
-    return features[:support], features[support:]
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs)
+    features = network.noisy_body(body, both, jnp.concatenate(weights), keys[0])
+    count = weights[0].shape[0]
+    return jax.tree.map(lambda x: x[:count], features), jax.tree.map(lambda x: x[count:], features)
 
 
 def check_statistics(statistics: Any) -> None:
@@ -192,9 +206,10 @@ def network_problem(
 
     def inner_loss(params: Params, context: NetworkContext) -> Scalar:
         network_params = trees.merge(params, context.rest)
-        images = context.task.support_inputs
+        inputs = context.task.support_inputs
         weights = present(context.task.support_targets)
-        features = network.body(network_params["body"], images, weights)
+        key = key_of(context.task, "support")
+        features = network.noisy_body(network_params["body"], inputs, weights, key)
         outputs = network.head(network_params["head"], features)
         mean = support_mean(losses, outputs, context.task.support_targets)
         if context.anchor is None:
@@ -203,12 +218,13 @@ def network_problem(
 
     def outer_loss(params: Params, context: NetworkContext) -> tuple[Scalar, Any]:
         network_params = trees.merge(params, context.rest)
-        images = context.task.query_inputs
+        inputs = context.task.query_inputs
         if statistics == "support":
             _, features = features_of(network, network_params["body"], context.task, "support")
         else:
             weights = present(context.task.query_targets)
-            features = network.body(network_params["body"], images, weights)
+            key = key_of(context.task, "query")
+            features = network.noisy_body(network_params["body"], inputs, weights, key)
         outputs = network.head(network_params["head"], features)
         targets = (context.task.query_targets, context.task.support_targets)
         return query_mean(losses, outputs, *targets)
