@@ -29,8 +29,14 @@ images for query, in two passes, as in the code that the paper's authors release
 both together, in one pass, where features are computed once; where the body adapts, as
 "separate"."""
 
-Adapts: TypeAlias = Literal["head", "body", "all"] | Callable[[str], bool]
-"""A part of the network, or a predicate on paths of parameters such as "body/Conv_0/kernel"."""
+Adapts: TypeAlias = (
+    Literal["head", "body", "all"] | Callable[[str], bool] | Callable[[str], str] | PyTree[str]
+)
+"""A part of the network; a function of paths of parameters such as "body/Conv_0/kernel"; or a tree
+of labels, as in `optax.multi_transform`, like what the network's `init` gives or like its upper
+part, a label then standing for all below it. The function gives a bool or a label. Labels are
+"adapts" (φ) and "shared" (θ alone, the same for all tasks)."""
+LABELS = ("adapts", "shared")
 
 
 class NetworkContext(NamedTuple):
@@ -190,12 +196,13 @@ def network_problem(
         The problem; its context is a `NetworkContext`.
 
     Raises:
-        ValueError: `proximal` is negative, no parameter adapts, `statistics` has another name, or
-            `start` does not fit.
+        ValueError: `proximal` is negative, no parameter adapts, a label or `statistics` has another
+            name, or `start` does not fit.
     """
     _checks.not_negative("proximal", proximal)
     check_statistics(statistics)
-    mask, fixed, losses = _mask(network, adapts), fixed_start(network, start), of_examples(loss)
+    labels, fixed, losses = _labels(network, adapts), fixed_start(network, start), of_examples(loss)
+    mask = jax.tree.map(lambda label: label == "adapts", labels)
 
     def parts(theta: MetaParams) -> tuple[PyTree, PyTree]:
         return trees.split({"head": fixed(), **theta}, mask)
@@ -234,26 +241,44 @@ def network_problem(
     return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 
 
-def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
+def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
+    """The label of each parameter of a network.
+
+    Raises:
+        ValueError: there are others than `LABELS`, they do not fit, or none is "adapts".
+    """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
-    def chosen(path: tuple[Any, ...], _: Any) -> bool:
+    def label(path: tuple[Any, ...], _: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if callable(adapts):
-            return bool(adapts(name))
-        return adapts == "all" or name.split("/")[0] == adapts
+            found = adapts(name)
+            return found if isinstance(found, str) else ("shared", "adapts")[bool(found)]
+        return "adapts" if adapts in ("all", name.split("/")[0]) else "shared"
 
-    mask = jax.tree_util.tree_map_with_path(chosen, shapes)
-    if not any(jax.tree.leaves(mask)):
+    if isinstance(adapts, str) or callable(adapts):
+        labels = jax.tree_util.tree_map_with_path(label, shapes)
+    else:
+        try:
+            labels = jax.tree.broadcast(adapts, shapes)
+        except ValueError as error:
+            like = jax.tree.map(lambda leaf: "adapts", shapes)
+            raise ValueError(
+                f"adapts: found {adapts!r}, expected a tree of labels like {like!r}, or its upper "
+                "part."
+            ) from error
+    for found in jax.tree.leaves(labels):
+        _checks.one_of("adapts", found, LABELS)
+    if "adapts" not in jax.tree.leaves(labels):
         names = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
         ]
         raise ValueError(
-            f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all' or a "
-            f"predicate that is true for some of: {', '.join(names)}."
+            f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all', a predicate "
+            f"that is true for some of these, or a tree of labels: {', '.join(names)}."
         )
-    return mask
+    return labels
 
 
 def half_square(weight: float, tree: PyTree) -> Scalar:

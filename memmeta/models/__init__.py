@@ -6,6 +6,7 @@ from memmeta.models._from_equinox import from_equinox
 from memmeta.models._from_haiku import from_haiku
 from memmeta.models._from_linen import from_linen
 from memmeta.models._from_nnx import from_nnx
+from memmeta.models._lora import lora
 from memmeta.models._mlp import mlp
 from memmeta.models._network import Network
 from memmeta.models._resnet12 import resnet12
@@ -18,6 +19,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "linear_head",
+    "lora",
     "mlp",
     "resnet12",
     "with_linear_head",
