@@ -101,6 +101,7 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
         network_problem(mlp(2, (5,), (4,)), labels, proximal=0.0)
 
 
+@pytest.mark.slow
 def test_what_does_not_adapt_takes_no_memory_in_the_inner_state():
     """Stored iterates of an unrolled loop, and one task's share, in compiled bytes."""
     wide = 256
