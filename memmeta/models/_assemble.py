@@ -1,6 +1,5 @@
 """A network of the parts into which a module of another library was taken."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from memmeta import _checks
 from memmeta.models._build import linear_head
 from memmeta.models._network import Network, Params
 
@@ -100,9 +100,8 @@ def choose(layers: Sequence[str], modules: Sequence[str], head: Where) -> str | 
     if isinstance(head, str):
         if head in modules:
             return head
-        near = difflib.get_close_matches(head, modules, 1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"head: found no module {head!r}, only {', '.join(modules)}.{meant}")
+        near = _checks.meant(head, modules)
+        raise ValueError(f"head: found no module {head!r}, only {', '.join(modules)}.{near}")
     meant_all = [path for path in modules if head(path)]
     outermost = [p for p in meant_all if not any(p.startswith(f"{q}/") for q in meant_all)]
     if len(outermost) != 1:
