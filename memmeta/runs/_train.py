@@ -34,7 +34,7 @@ def train(
 ) -> MetaState:
     """Train to the last meta-step, with a log point after every block of meta-steps.
 
-    A checkpoint is saved every `config.checkpoint_every` meta-steps and at the end.
+    A checkpoint is saved every `config.saved_every` meta-steps and at the end.
 
     Args:
         trainer: the run's trainer.
@@ -70,7 +70,7 @@ def train(
                 raise _stop(trainer, block, folder, before)
             step += count
             line = log_point(step, metrics, count * config.tasks / seconds)
-            due = step == config.meta_steps or step % config.checkpoint_every == 0
+            due = step == config.meta_steps or step % config.saved_every == 0
             if due:
                 found = trainer.evaluator(
                     state, "validation", validation, VALIDATION_EPISODES, VALIDATION
@@ -107,7 +107,7 @@ def _resumed(trainer: Trainer, folder: RunFolder, state: MetaState) -> MetaState
             )
     else:  # the run ended before its first checkpoint, or somebody removed the checkpoints
         last = max((line["step"] for line in folder.metrics()), default=0)
-        if last > config.checkpoint_every or folder.final_report() is not None:
+        if last > config.saved_every or folder.final_report() is not None:
             raise UserError(
                 f"{folder.path}: its metrics go to meta-step {last}, but no checkpoint is there; "
                 "put the folder checkpoints back, or start a new run"

@@ -147,7 +147,15 @@ class Trainer:
 
     @cached_property
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
-        """A function from (state, split, episodes, count, tag) to a mean accuracy.
+        """A function from (state, split, episodes, count, tag) to a mean accuracy."""
+        evaluate = self.accuracies
+        return lambda *where: _interval(evaluate(*where), where[1])
+
+    @cached_property
+    def accuracies(
+        self,
+    ) -> Callable[[MetaState, str, Episodes, int, int], Float[np.ndarray, " episodes"]]:
+        """A function from (state, split, episodes, count, tag) to the accuracy of each episode.
 
         It evaluates `count` episodes, which depend on the tag but not on the run's seed.
         """
@@ -166,7 +174,7 @@ class Trainer:
 
         def evaluate(
             state: MetaState, split: str, episodes: Episodes, count: int, tag: int
-        ) -> Interval:
+        ) -> Float[np.ndarray, " episodes"]:
             # The same episodes whatever the run's seed, so that runs can be compared.
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
@@ -177,7 +185,7 @@ class Trainer:
                 # Wait for each result before the next call: with several programs under way, all
                 # threads of a CPU could be waiting for other devices, and none left to compute.
                 found.append(np.asarray(accuracies(state.meta_params, tasks)))
-            return _interval(np.concatenate(found)[:count], split)
+            return np.concatenate(found)[:count]
 
         return evaluate
 
@@ -255,7 +263,10 @@ def make_trainer(
     evaluation = config.test_episodes(train, normalised)
     training.check(train)
     for name, sampler in product(("validation", "test"), evaluation.values()):
-        sampler.check(_index(splits[name]))
+        try:
+            sampler.check(_index(splits[name]))
+        except DataError as error:
+            raise DataError(str(error).replace("queries=", "--test-queries=")) from error
     head = config.drawn_head(splits["train"].example_shape)
     learner = config.learner(splits["train"].example_shape, head=head)
     meta_step = learner.make_meta_step(
