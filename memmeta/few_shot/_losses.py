@@ -20,6 +20,7 @@ from memmeta.few_shot._examples import (
 )
 from memmeta.few_shot._head import HeadContext, HeadParams, augmented
 from memmeta.few_shot._head_constants import SOFTMAX, SQUARED, Caps, head_deviations
+from memmeta.few_shot._head_solver import head_solver
 from memmeta.problem import (
     Batch,
     LinearHead,
@@ -105,7 +106,9 @@ def linear_head_problem(
     def deviations(problem: Problem, *rest: Any) -> Any:
         return head_deviations(loss_of(rest[-1]).caps, problem, *rest)
 
-    structure = Structure(head, deviations)
+    # without a ridge there is no bound to sharpen
+    solver = head_solver if ridge > 0 else None
+    structure = Structure(head, deviations, solver)
     return Problem(embed, inner_loss, outer_loss, init, smoothness, strong_convexity, structure)
 
 
