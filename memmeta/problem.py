@@ -122,8 +122,8 @@ class Structure:
             distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
             a rigorous error bound.
         solver: a `memmeta.linear_solve.LinearSolver` whose solves are cheap beside `embed`. With it
-            the error bound is taken by way of a better answer, which four Newton steps and two
-            solves give: sharper by one or two orders of magnitude.
+            the error bound is taken by way of a better answer, which Newton steps with it give:
+            sharper by one or two orders of magnitude.
         check: tasks -> None, raising a ValueError for a batch that the losses cannot read. Called
             outside compiled code, before a batch of new shapes is used for the first time.
     """

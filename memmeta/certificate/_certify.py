@@ -41,6 +41,9 @@ STALLED = 0.99
 RATES = tuple(4.0**-k for k in range(6))
 """Of a Newton step, the one that leaves the smallest ‖∇_φ g‖ is taken."""
 
+ROUNDING = 8
+"""Units of rounding of ‖∇̂F_i‖ that are added: the rest can be all but equal to the error."""
+
 
 def certify(problem: Problem, params: Params, solution: Params, context: Context) -> Certificate:
     """The rigorous bound of one task.
@@ -140,8 +143,10 @@ def _refined(problem: Problem, params: Params, v: Params, context: SplitContext)
     solution = jax.tree.map(lambda v, x: v + jnp.sum(x, axis=0), v, e_and_d)
     measured = Measured(trees.norm(there.inner), trees.norm(left), solution)
     rest, embedding = _at(problem, near, measured, context.whole)
+    size = trees.norm(here.context)
+    rounded = ROUNDING * jnp.finfo(size.dtype).eps * size
     return Certificate(
-        embedding * trees.norm(inner) + rest.inner,
+        embedding * (trees.norm(inner) + rounded) + rest.inner,
         embedding * trees.norm(linear) + rest.linear,
         trees.norm(jax.tree.map(jnp.subtract, params, near)) + rest.distance,
         jnp.bool_(True),
