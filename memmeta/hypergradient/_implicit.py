@@ -16,7 +16,7 @@ from memmeta.certificate._estimate import (
 )
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._on_demand import until
-from memmeta.hypergradient._seam import Estimator, Memory
+from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
 from memmeta.linear_solve import LinearSolution, LinearSolver, cg
@@ -61,7 +61,7 @@ def implicit(
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         context, guess = begin.context.whole, begin.guess
         if tolerance is None:
-            state = inner.run(problem, begin.params, context, begin.key)
+            state = inner.run(problem, begin.params, context, begin.key, begin.earlier)
         else:
             state, guess, _ = until(tolerance, problem, inner, solver, begin)
         params = state.params
@@ -89,10 +89,9 @@ def implicit(
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
             bound = certify_measured(problem, params, measured, context)
             report = report._replace(error_bound=bound.total)
-        memory = Memory(params, solution.value)
-        return TaskGradient(loss, aux, here.context, None, report, memory)
+        return TaskGradient(loss, aux, here.context, None, report, state, solution.value)
 
-    return per_task(rule, "implicit", losses_seen, remembers=True)
+    return per_task(rule, "implicit", losses_seen)
 
 
 def _residuals(

@@ -28,13 +28,27 @@ class InnerState(NamedTuple):
         gradient_norm: ‖∇_φ g‖ at the φ that the last step was made from; infinite before the first
             step.
         first_gradient_norm: the same for the first step.
-        steps: steps made so far.
+        steps: steps made so far, those of earlier meta-steps included.
+        before: of these, the steps of earlier meta-steps.
     """
 
     params: Params
     solver: Any
     gradient_norm: Scalar
     first_gradient_norm: Scalar
+    steps: Int32[Array, ""]
+    before: Int32[Array, ""]
+
+
+class Earlier(NamedTuple):
+    """What a loop goes on with, beside φ, where it began in an earlier meta-step.
+
+    Attributes:
+        solver: the solver's own state.
+        steps: steps made so far; 0 where the loop is to begin afresh.
+    """
+
+    solver: Any
     steps: Int32[Array, ""]
 
 
@@ -138,12 +152,18 @@ class InnerLoop:
         return restore(self.run(problem, wide, context, key).params)
 
     def run(
-        self, problem: Problem, params: Params, context: Context, key: Key[Array, ""]
+        self,
+        problem: Problem,
+        params: Params,
+        context: Context,
+        key: Key[Array, ""],
+        earlier: Earlier | None = None,
     ) -> InnerState:
-        """The state at the end, with arguments as for a call; memory does not grow with K."""
+        """The state at the end, with arguments as for `start`; memory does not grow with K."""
+        begin = self.start(problem, params, context, earlier)
         # XLA (jax 0.10.2) inlines a loop whose trip count it can see to be 1, and then schedules
         # the rest differently. Behind the barrier program and memory are the same for every K.
-        limit = jax.lax.optimization_barrier(jnp.int32(self.steps))
+        limit = begin.before + jax.lax.optimization_barrier(jnp.int32(self.steps))
 
         def unfinished(state: InnerState) -> Bool[Array, ""]:
             more: Array = state.steps < limit
@@ -154,14 +174,31 @@ class InnerLoop:
         def body(state: InnerState) -> InnerState:
             return self._step(problem, state, context, key)
 
-        return jax.lax.while_loop(unfinished, body, self.start(problem, params, context))
+        return jax.lax.while_loop(unfinished, body, begin)
 
-    def start(self, problem: Problem, params: Params, context: Context) -> InnerState:
-        """The state before the first step, with arguments as for a call."""
-        solver = self.steps_of.init(problem, params, context)
+    def start(
+        self,
+        problem: Problem,
+        params: Params,
+        context: Context,
+        earlier: Earlier | None = None,
+    ) -> InnerState:
+        """The state before the first step, with arguments as for a call.
+
+        Args:
+            problem: whose `inner_loss` is minimised.
+            params: φ₀, or φ of an earlier meta-step.
+            context: of one task.
+            earlier: what else is left of that meta-step; None begins afresh.
+        """
+        solver, before = self.steps_of.init(problem, params, context), jnp.int32(0)
+        if earlier is not None:
+            before = earlier.steps
+            if self.steps_of.carried:
+                solver = trees.where(before > 0, earlier.solver, solver)
         dtype = jax.eval_shape(trees.norm, params).dtype
         unknown = jnp.asarray(jnp.inf, dtype)
-        return InnerState(params, solver, unknown, unknown, jnp.int32(0))
+        return InnerState(params, solver, unknown, unknown, before, before)
 
     def advance(
         self,
@@ -208,8 +245,8 @@ class InnerLoop:
             problem, state.params, state.solver, seen, state.steps, key
         )
         norm = jax.lax.stop_gradient(norm)  # it is reported, not differentiated
-        first = jnp.where(state.steps == 0, norm, state.first_gradient_norm)
-        return InnerState(params, solver, norm, first, state.steps + 1)
+        first = jnp.where(state.steps == state.before, norm, state.first_gradient_norm)
+        return InnerState(params, solver, norm, first, state.steps + 1, state.before)
 
     @property
     def steps_of(self) -> InnerSolver:

@@ -37,6 +37,8 @@ class Counts(NamedTuple):
             is no strict minimum and the implicit function theorem does not hold.
         refused: updates that the guard refused, because the meta-gradient was far larger than this
             run's usual ones or the next state was not finite.
+        reset: members of a `WarmStart` that were set back to `init`, because φ, v or the outer loss
+            was not finite.
     """
 
     masked: Int32[Array, ""]
@@ -49,6 +51,7 @@ class Counts(NamedTuple):
     unsolved: Int32[Array, ""]
     indefinite: Int32[Array, ""]
     refused: Int32[Array, ""]
+    reset: Int32[Array, ""]
 
 
 class TaskMetrics(NamedTuple):
@@ -102,7 +105,7 @@ class Sums(NamedTuple):
         gradient: Σ_i ∇F_i, in float32 at least.
         aux: sums of the auxiliary outputs.
         figures: sums of the losses and of each figure of the reports.
-        counts: usable tasks, and the numbers of `Counts` without `refused`.
+        counts: usable tasks, and the numbers of `Counts` without `refused` and `reset`.
         smallest: [devices] the smallest curvature on each device, zero in the others' places, so
             that a sum over devices brings the minimum along; None where no curvature was met.
     """
@@ -139,7 +142,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
 
 
 def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
-    """Which tasks each of the `Counts` counts, in their order, without `refused`."""
+    """Which tasks each of the `Counts` counts, in their order, without the last two."""
     report, usable = tasks.report, tasks.usable
     stepped = report.inner_steps > 0
     found, causes = ~usable, []
@@ -162,7 +165,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
 
 
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
-    """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
+    """The metrics of a meta-step from the sums over all devices, without `refused` and `reset`."""
     used, nothing = summed.counts[0], summed.counts[0] == 0
     figures = jax.tree.structure((tasks.loss, tasks.report))
     loss, report = jax.tree.unflatten(figures, summed.figures / used)  # 0/0 where none is usable
@@ -177,7 +180,7 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
         used=counts[0],
-        counts=Counts(*[*counts[1:], jnp.int32(0)]),
+        counts=Counts(*[*counts[1:], jnp.int32(0), jnp.int32(0)]),
         tasks=tasks,
     )
 
