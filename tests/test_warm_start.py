@@ -81,7 +81,7 @@ def test_host_memory_and_part_of_the_tasks(x64):
     first, second = ((s.memory, s.meta.meta_params, s.meta.optimizer) for s in states)
     chex.assert_trees_all_close(first, second, rtol=1e-12, atol=1e-15)
     assert isinstance(states[1].memory.params, np.ndarray)
-    words = 4 + 2 * 4  # the count of steps, and the key
+    words = 4 + 8 + 2 * 4  # the count of steps, the first slope, and the key
     assert steps[0].memory_bytes(states[0]) == 2 * 5 * 6 * 8 + 5 * words
 
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._loop import Earlier, widened
+from memmeta.inner._views import View, seen_by
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 
@@ -213,7 +214,27 @@ def begin_task(
     if memory is None:
         return TaskStart(start, context, key)
     params = trees.where(memory.steps > 0, memory.params, start)
-    return TaskStart(params, context, key, Earlier(memory.solver, memory.steps), memory.solution)
+    earlier = Earlier(memory.solver, memory.steps, memory.first_gradient_norm)
+    return TaskStart(params, context, key, earlier, memory.solution)
+
+
+def drawn(
+    view: View | None, context: SplitContext, key: Key[Array, ""], step: Int32[Array, ""]
+) -> tuple[SplitContext, Callable[[Context], Context]]:
+    """A context through a view, and the way back for cotangents of its active leaves.
+
+    A rule works on the drawn context alone, and goes back to the whole one once.
+    """
+    if view is None:
+        return context, lambda cotangent: cotangent
+    is_active = jax.tree.map(lambda _: True, context.active)
+    is_active = trees.merge(is_active, jax.tree.map(lambda _: False, context.passive))
+
+    def parts(active: Context) -> tuple[Context, Context]:
+        return trees.split(seen_by(view, context.at(active), key, step), is_active)
+
+    active, transposed, passive = jax.vjp(parts, context.active, has_aux=True)
+    return SplitContext(active, passive), lambda cotangent: transposed(cotangent)[0]
 
 
 def begins_afresh(chunk: Chunk) -> Bool[Array, " tasks"]:
@@ -234,7 +255,8 @@ def kept(
     if chunk.memory is None:
         return None
     solver = state.solver if inner.steps_of.carried else None
-    return Memory(state.params, solver, state.steps, jax.random.key_data(keys), solution)
+    words, first = jax.random.key_data(keys), state.first_gradient_norm
+    return Memory(state.params, solver, state.steps, first, words, solution)
 
 
 def as_keys(words: UInt32[Array, "tasks words"], like: Key[Array, ""]) -> Key[Array, " tasks"]:

@@ -20,8 +20,8 @@ class Report(NamedTuple):
     Attributes:
         inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
             converged; infinite where no step was made.
-        inner_reduction: that norm over the one before the first inner step; infinite where no step
-            was made.
+        inner_reduction: that norm over the one before the first inner step (under a warm start of
+            the task's life); infinite where no step was made.
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
         linear_iterations: Hessian-vector products that went into v̂.
@@ -57,6 +57,7 @@ class Memory(NamedTuple):
         params: φ̂, where the next inner loop goes on.
         solver: the inner solver's own state; None where it is made anew.
         steps: inner steps made in this life; where 0, the next meta-step begins at `init`(θ).
+        first_gradient_norm: ‖∇_φ g‖ before the first of them.
         key: the words of the member's own PRNG key, the same throughout a life, for views and
             solvers that draw; words, because NumPy has no keys.
         solution: v̂, where the next linear solve starts; None where the estimator has none.
@@ -65,6 +66,7 @@ class Memory(NamedTuple):
     params: Params
     solver: Any
     steps: Int32[Array, "*members"]
+    first_gradient_norm: Float[Array, "*members"]
     key: UInt32[Array, "*members words"]
     solution: Any
 

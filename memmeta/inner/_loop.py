@@ -13,7 +13,7 @@ from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
-from memmeta.inner._views import View
+from memmeta.inner._views import View, seen_by
 from memmeta.problem import Context, Params, Problem, Scalar
 
 DEFAULT = accelerated()
@@ -27,7 +27,7 @@ class InnerState(NamedTuple):
         solver: the solver's own state.
         gradient_norm: ‖∇_φ g‖ at the φ that the last step was made from; infinite before the first
             step.
-        first_gradient_norm: the same for the first step.
+        first_gradient_norm: the same for the first step, which may be of an earlier meta-step.
         steps: steps made so far, those of earlier meta-steps included.
         before: of these, the steps of earlier meta-steps.
     """
@@ -46,10 +46,12 @@ class Earlier(NamedTuple):
     Attributes:
         solver: the solver's own state.
         steps: steps made so far; 0 where the loop is to begin afresh.
+        first_gradient_norm: ‖∇_φ g‖ before the first of them.
     """
 
     solver: Any
     steps: Int32[Array, ""]
+    first_gradient_norm: Scalar
 
 
 def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable[..., Any]]:
@@ -191,14 +193,16 @@ class InnerLoop:
             context: of one task.
             earlier: what else is left of that meta-step; None begins afresh.
         """
-        solver, before = self.steps_of.init(problem, params, context), jnp.int32(0)
-        if earlier is not None:
-            before = earlier.steps
-            if self.steps_of.carried:
-                solver = trees.where(before > 0, earlier.solver, solver)
+        solver = self.steps_of.init(problem, params, context)
         dtype = jax.eval_shape(trees.norm, params).dtype
         unknown = jnp.asarray(jnp.inf, dtype)
-        return InnerState(params, solver, unknown, unknown, before, before)
+        fresh = InnerState(params, solver, unknown, unknown, jnp.int32(0), jnp.int32(0))
+        if earlier is None:
+            return fresh
+        before, first = earlier.steps, earlier.first_gradient_norm
+        if self.steps_of.carried:
+            solver = trees.where(before > 0, earlier.solver, solver)
+        return InnerState(params, solver, unknown, first, before, before)
 
     def advance(
         self,
@@ -240,12 +244,12 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
-        seen = context if self.view is None else self.view(context, key, state.steps)
+        seen = seen_by(self.view, context, key, state.steps)
         params, solver, norm = self.steps_of.update(
             problem, state.params, state.solver, seen, state.steps, key
         )
         norm = jax.lax.stop_gradient(norm)  # it is reported, not differentiated
-        first = jnp.where(state.steps == state.before, norm, state.first_gradient_norm)
+        first = jnp.where(state.steps == 0, norm, state.first_gradient_norm)
         return InnerState(params, solver, norm, first, state.steps + 1, state.before)
 
     @property

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Key
 
 from memmeta import _checks
@@ -33,7 +32,7 @@ def reset_every(steps: int) -> Reset:
         ValueError: `steps` is no whole number above 0.
 
     Example:
-        >>> bool(reset_every(100)(jax.random.key(0), jnp.int32(100), None))
+        >>> bool(reset_every(100)(jax.random.key(0), jax.numpy.int32(100), None))
         True
     """
     _checks.count("steps", steps)
@@ -56,8 +55,8 @@ def lifetimes(least: int, most: int) -> Reset:
         ValueError: one is no whole number above 0, or `most` is less than `least`.
 
     Example:
-        >>> condition = lifetimes(50, 100)
-        >>> [bool(condition(jax.random.key(0), jnp.int32(made), None)) for made in (49, 100)]
+        >>> condition, made = lifetimes(50, 100), jax.numpy.array([49, 100], "int32")
+        >>> jax.vmap(lambda made: condition(jax.random.key(0), made, None))(made).tolist()
         [False, True]
     """
     _checks.count("least", least)

@@ -37,7 +37,7 @@ class WarmState(NamedTuple):
     Attributes:
         meta: of the meta-step underneath.
         memory: what is kept of all members, every leaf [size, ...]: `params` φ, `solver` (the inner
-            solver's own state), `steps`, `key` and `solution` v. NumPy arrays where `on_host`.
+            solver's own state), `steps`, `solution` v, and more. NumPy arrays where `on_host`.
     """
 
     meta: MetaState
@@ -151,8 +151,9 @@ class WarmStart:
         one = jax.tree.map(lambda leaf: leaf[:1], tasks)
         wide_problem, start, _ = widened(problem, problem.init(meta_params))
         context = problem.embed(meta_params, jax.tree.map(lambda leaf: leaf[0], tasks))
-        solver = inner.start(wide_problem, start, context).solver
-        first = Memory(start, solver, jnp.int32(0), jax.random.key_data(key), None)
+        begun = inner.start(wide_problem, start, context)
+        words, unknown = jax.random.key_data(key), begun.gradient_norm
+        first = Memory(start, begun.solver, begun.steps, unknown, words, None)
         chunk = Chunk.of(one)._replace(memory=jax.tree.map(lambda leaf: leaf[None], first))
         return self.step.estimator(problem, inner, meta_params, chunk).memory
 
