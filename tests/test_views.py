@@ -139,6 +139,35 @@ def test_chunks_and_devices_draw_the_same_rows():
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-6)
 
 
+def test_rows_are_drawn_with_replacement_where_asked():
+    view = minibatch(4, of=lambda path: True, replace=True)
+    rows, key = jnp.arange(5), jax.random.key(0)
+    drawn = np.array([view(rows, key, jnp.int32(step)) for step in range(400)])
+    shares = np.bincount(drawn.ravel(), minlength=5) / drawn.size
+    np.testing.assert_allclose(shares, 0.2, atol=0.04)
+    assert any(len(set(row)) < 4 for row in drawn.tolist())
+    assert len({tuple(row) for row in drawn.tolist()}) > 200
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda context, key, step: (context[0], jax.tree.map(lambda x: x[: step + 1], context[1])),
+        lambda context, key, step: context[0] if step > 1 else context,
+    ],
+)
+def test_a_view_whose_shapes_depend_on_the_step_is_named(view):
+    inner = mm.InnerLoop(optax.sgd(RATE), STEPS, view=view)
+    with pytest.raises(ValueError, match="view: found one whose shapes depend on the step"):
+        mm.evaluate(PROBLEM, inner, THETA, tasks(ROWS))
+
+
+def test_a_view_of_another_structure_is_named():
+    inner = mm.InnerLoop(optax.sgd(RATE), STEPS, view=lambda context, key, step: context[1])
+    with pytest.raises(ValueError, match="view: expected a context like the given"):
+        mm.evaluate(PROBLEM, inner, THETA, tasks(ROWS))
+
+
 def test_bad_views_are_named():
     context = (THETA, jax.tree.map(lambda leaf: leaf[0], tasks(ROWS)))
     for view, message in (

@@ -1,5 +1,6 @@
 r"""What all recipes share: derivatives on one draw of the data, and a meta-step made of a rule."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,11 @@ from jaxtyping import PyTree
 
 from memmeta import _checks
 from memmeta.hypergradient import per_task
-from memmeta.hypergradient._estimator import TaskRule
+from memmeta.hypergradient._estimator import TaskRule, TaskStart
 from memmeta.hypergradient._structural_zeros import losses_seen
-from memmeta.inner import InnerLoop
+from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._views import View
+from memmeta.linear_solve._solution import dot
 from memmeta.meta import WarmStart, make_meta_step
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext, products
 
@@ -72,6 +74,14 @@ def directions(
 def moved(x: PyTree, rate: float, direction: PyTree) -> PyTree:
     """x − rate · direction."""
     return jax.tree.map(lambda x, d: x - jnp.asarray(rate, x.dtype) * d, x, direction)
+
+
+def stepped(
+    problem: Problem, inner: InnerLoop, state: InnerState, direction: Params, begin: TaskStart
+) -> InnerState:
+    """One inner step along a direction that is known already, by the inner solver."""
+    known = replace(problem, inner_loss=lambda params, context: dot(direction, params))
+    return replace(inner, view=None).advance(known, state, begin.context.whole, begin.key, 1)
 
 
 def made(

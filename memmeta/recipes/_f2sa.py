@@ -57,8 +57,8 @@ def f2sa(
         ValueError: `rate` or `delta` is not positive, or `p` neither 1 nor 2.
 
     Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel
-    Optimization" (F²SA, ICML 2023), Algorithm 1; p = 2: Chen, Li, Zhang, "Faster Gradient Methods
-    for Highly-Smooth Stochastic Bilevel Optimization" (F²SA-p, 2025).
+    Optimization" (F²SA, ICML 2023), Algorithm 1; p = 2: Chen, Li, Chayti, Zhang, "Faster Gradient
+    Methods for Highly-Smooth Stochastic Bilevel Optimization" (F²SA-p, ICLR 2026).
 
     Example:
         >>> import memmeta as mm

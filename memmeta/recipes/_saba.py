@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from memmeta import _checks
-from memmeta.certificate._estimate import tilted
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.inner import InnerLoop
 from memmeta.inner._views import View
 from memmeta.meta import WarmStart
 from memmeta.problem import Context, Problem, SplitContext
-from memmeta.recipes._directions import Directions, directions, made, moved
+from memmeta.recipes._directions import Directions, directions, made, moved, stepped
 
 
 class Stored(NamedTuple):
@@ -92,7 +91,8 @@ def saba(
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         state = inner.start(problem, begin.params, begin.context.whole, begin.earlier)
-        number = jax.random.randint(jax.random.fold_in(begin.key, state.steps), (), 0, batches)
+        draw = jax.random.fold_in(begin.key, state.steps)
+        number = jax.random.randint(draw, (), 0, batches, jnp.int32)
         context, pull_back = drawn(view, begin.context, begin.key, number)
         stored = begin.guess
         stored = _nothing(begin, context, batches) if stored is None else stored
@@ -105,10 +105,7 @@ def saba(
         mean = jax.tree.map(lambda m, c: m + c / batches, stored.mean, change)
         table = jax.tree.map(lambda leaf, x: leaf.at[number].set(x), stored.table, new)
 
-        # ∇_φ (g_i + ⟨D − D_i, φ⟩) = D
-        correction = jax.tree.map(jnp.subtract, along.params, new.params)
-        corrected = tilted(problem, correction)
-        state = inner.advance(corrected, state, context.whole, begin.key, 1)
+        state = stepped(problem, inner, state, along.params, begin)
         v = moved(stored.v, linear_rate, along.solution)
         kept, report = Stored(v, table, mean), report_of_loop(state)
         return TaskGradient(outer.loss, outer.aux, along.context, None, report, state, kept)

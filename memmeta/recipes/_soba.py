@@ -11,7 +11,7 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._views import View
 from memmeta.meta import WarmStart
 from memmeta.problem import Problem
-from memmeta.recipes._directions import directions, made, moved
+from memmeta.recipes._directions import directions, made, moved, stepped
 
 
 def soba(
@@ -72,7 +72,7 @@ def soba(
         v = jax.tree.map(jnp.zeros_like, phi) if v is None else v
         context, pull_back = drawn(view, begin.context, begin.key, state.steps)
         found, outer = directions(problem, phi, v, context)
-        state = inner.advance(problem, state, begin.context.whole, begin.key, 1)
+        state = stepped(problem, inner, state, found.params, begin)
         v = moved(v, linear_rate, found.solution)
         context_bar = pull_back(found.context)
         report = report_of_loop(state)
