@@ -39,17 +39,21 @@ class Task(NamedTuple):
     """A few-shot task: examples to adapt on (support) and examples to evaluate on (query).
 
     Attributes:
-        support_inputs: [support, ...] examples, any dtype (images are uint8 until the network).
+        support_inputs: [support, ...] examples, any dtype (images are uint8 until the network), or
+            a pytree of such arrays, for instance {"ids": ..., "mask": ...}.
         support_targets: [support, ...] class indices (int32) or regression targets (float).
         query_inputs: [query, ...] examples.
         query_targets: [query, ...] class indices or regression targets. A class index of -1, here
             and above, marks padding, which counts in no loss, no batch statistic and no accuracy.
+        extras: whatever else the task has, None for nothing. The networks of `memmeta.models` read
+            one entry: of {"key": a PRNG key} they draw their noise, such as dropout.
     """
 
-    support_inputs: Shaped[Array, "*support"]
+    support_inputs: PyTree[Shaped[Array, "support ..."]]
     support_targets: Shaped[Array, "*support_targets"]
-    query_inputs: Shaped[Array, "*query"]
+    query_inputs: PyTree[Shaped[Array, "query ..."]]
     query_targets: Shaped[Array, "*query_targets"]
+    extras: PyTree = None
 
 
 class Deviations(NamedTuple):

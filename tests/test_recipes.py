@@ -244,10 +244,9 @@ def test_a_step_on_a_draw_costs_a_fiftieth_of_an_exact_hypergradient():
     theta, first = jnp.zeros(features), jax.tree.map(lambda leaf: leaf[0], rows)
     hessian = lambda phi, v: mm.problem.hessian_product(problem, phi, (theta, first))[1](v)  # noqa: E731
     exact = 20 * flops(hessian, theta, theta)
-    for replace, times in ((True, 1000), (False, 30)):
-        view = minibatch(64, of=lambda path: path.startswith("1/"), replace=replace)
-        step = soba(problem, optax.sgd(0.1), rate=0.1, linear_rate=0.1, view=view)
-        assert flops(step.update, step.init(theta, rows), rows) < exact / times, replace
+    view = minibatch(64, of=lambda path: path.startswith("1/"))
+    step = soba(problem, optax.sgd(0.1), rate=0.1, linear_rate=0.1, view=view)
+    assert flops(step.update, step.init(theta, rows), rows) < exact / 50
 
 
 def test_errors_say_what_to_do():

@@ -139,16 +139,6 @@ def test_chunks_and_devices_draw_the_same_rows():
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-6)
 
 
-def test_rows_are_drawn_with_replacement_where_asked():
-    view = minibatch(4, of=lambda path: True, replace=True)
-    rows, key = jnp.arange(5), jax.random.key(0)
-    drawn = np.array([view(rows, key, jnp.int32(step)) for step in range(400)])
-    shares = np.bincount(drawn.ravel(), minlength=5) / drawn.size
-    np.testing.assert_allclose(shares, 0.2, atol=0.04)
-    assert any(len(set(row)) < 4 for row in drawn.tolist())
-    assert len({tuple(row) for row in drawn.tolist()}) > 200
-
-
 @pytest.mark.parametrize(
     "view",
     [

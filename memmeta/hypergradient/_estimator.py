@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
-from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report, Wanted
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._loop import Earlier, widened
@@ -31,6 +31,7 @@ class TaskStart(NamedTuple):
         key: of the task, for views and inner solvers that draw.
         earlier: under a warm start what else the inner loop goes on with; else None.
         guess: under a warm start v̂ of the last meta-step; else None.
+        wanted: which figures of the report are read.
     """
 
     params: Params
@@ -38,6 +39,7 @@ class TaskStart(NamedTuple):
     key: Key[Array, ""]
     earlier: Earlier | None = None
     guess: Any = None
+    wanted: Wanted = Wanted()
 
 
 class TaskGradient(NamedTuple):
@@ -144,7 +146,7 @@ def per_task(rule: TaskRule, name: str, seen: Seen = loop_seen) -> Estimator:
         all_tasks = embedded(problem, meta_params, chunk.tasks)
 
         def one_task(context: SplitContext, key: Array, memory: Memory | None) -> TaskGradient:
-            begin = begin_task(all_tasks.start, context, key, memory)
+            begin = begin_task(all_tasks.start, context, key, memory, chunk.wanted)
             return rule(all_tasks.problem, inner, begin)
 
         keys = task_keys(chunk)
@@ -205,17 +207,21 @@ def task_keys(chunk: Chunk) -> Key[Array, " tasks"]:
 
 
 def begin_task(
-    start: Params, context: SplitContext, key: Key[Array, ""], memory: Memory | None
+    start: Params,
+    context: SplitContext,
+    key: Key[Array, ""],
+    memory: Memory | None,
+    wanted: Wanted = Wanted(),
 ) -> TaskStart:
     """Where one task begins: at φ₀, or where it was left.
 
     Its gradient by φ₀ is that of a life that begins here: what is remembered counts as a constant.
     """
     if memory is None:
-        return TaskStart(start, context, key)
+        return TaskStart(start, context, key, wanted=wanted)
     params = trees.where(memory.steps > 0, memory.params, start)
     earlier = Earlier(memory.solver, memory.steps, memory.first_gradient_norm)
-    return TaskStart(params, context, key, earlier, memory.solution)
+    return TaskStart(params, context, key, earlier, memory.solution, wanted)
 
 
 def drawn(

@@ -58,8 +58,9 @@ def evolution_strategies(
             plus, minus = (shifted(floats, direction, sign * scale) for sign in (1, -1))
             return (losses(plus) - losses(minus)) / (2 * scale)
 
+        estimating = estimate_error and chunk.wanted.errors
         loss, aux, report, memory = losses_and_reports(
-            problem, inner, meta_params, chunk, estimate_error
+            problem, inner, meta_params, chunk, estimating
         )
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         found = along_directions(derivatives, floats, weights, chunk.key, directions)

@@ -69,7 +69,8 @@ def finite_difference(
         floats, others = trees.split_inexact(meta_params)
         all_tasks, keys = embedded(problem, meta_params, chunk.tasks), task_keys(chunk)
         step = step_length(scale, floats)
-        direct = partial(_direct_part, inner, all_tasks, estimate_error)
+        estimating = estimate_error and chunk.wanted.errors
+        direct = partial(_direct_part, inner, all_tasks, estimating)
         found = over_tasks(direct, all_tasks.contexts, keys, chunk.memory)
         memory = kept(chunk, inner, found.state, keys)
 

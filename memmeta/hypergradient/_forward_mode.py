@@ -68,8 +68,9 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
                     "derivative. Write the rule with jax.custom_jvp, or use unrolled()."
                 ) from error
 
+        estimating = estimate_error and chunk.wanted.errors
         loss, aux, report, memory = losses_and_reports(
-            problem, inner, meta_params, chunk, estimate_error
+            problem, inner, meta_params, chunk, estimating
         )
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         if directions is not None:

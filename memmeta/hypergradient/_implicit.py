@@ -99,14 +99,15 @@ def implicit(
         # hold the intermediate values of both at once.
         solution = jax.lax.optimization_barrier(solver(product, outer[0], **where, start=guess))
 
-        here, estimate = _residuals(problem, params, solution, outer, seen, estimate_error)
+        estimating = estimate_error and begin.wanted.errors
+        here, estimate = _residuals(problem, params, solution, outer, seen, estimating)
         report = report_of_loop(state)._replace(
             linear_residual=solution.residual,
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
         )
-        if problem.certifiable:
+        if problem.certifiable and begin.wanted.errors:
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
             bound = certify_measured(problem, params, measured, context)
             report = report._replace(error_bound=bound.total)

@@ -19,7 +19,7 @@ View: TypeAlias = Callable[[Context, Key[Array, ""], Int32[Array, ""]], Context]
 """(context, the task's key, step) -> the context that this step's inner loss sees."""
 
 
-def minibatch(size: int, of: Callable[[str], bool], *, replace: bool = False) -> View:
+def minibatch(size: int, of: Callable[[str], bool]) -> View:
     r"""A few rows in each step, drawn without replacement within an epoch.
 
     Step k takes rows $\pi_e(b \cdot \text{size} \ldots (b+1) \cdot \text{size})$ with e and b the
@@ -30,9 +30,6 @@ def minibatch(size: int, of: Callable[[str], bool], *, replace: bool = False) ->
         size: rows in each step.
         of: whether a leaf of the context is cut along its first axis, by its path such as
             "1/support_inputs"; all such leaves have the same number of rows.
-        replace: draw each row of each step from all n, independently, as the theory of stochastic
-            methods has it. Costs nothing that grows with n, where a permutation sorts n numbers in
-            each step: for tens of thousands of rows.
 
     Returns:
         The view, for `InnerLoop(..., view=...)`.
@@ -55,9 +52,6 @@ def minibatch(size: int, of: Callable[[str], bool], *, replace: bool = False) ->
         _checks.require("of", rows, len(rows) == 1, "leaves with one number of rows")
         count = rows.pop()
         _checks.require("size", size, size <= count, f"at most the {count} rows there are")
-        if replace:
-            drawn = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, count)
-            return _changed(context, of, lambda leaf: leaf[drawn])
         epoch, batch = jnp.divmod(step, count // size)
         order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
         drawn = jax.lax.dynamic_slice_in_dim(order, batch * size, size)

@@ -22,7 +22,7 @@ from memmeta.hypergradient._estimator import as_keys
 from memmeta.hypergradient._seam import Memory
 from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
-from memmeta.meta._metrics import Metrics, TaskMetrics
+from memmeta.meta._metrics import Metrics, TaskMetrics, with_reset
 from memmeta.meta._reset import Reset
 from memmeta.meta._step import DRAWS, MetaState, MetaStep
 from memmeta.problem import Batch, MetaParams
@@ -226,19 +226,20 @@ class WarmStart:
     ) -> tuple[MetaState, Metrics, Memory]:
         """One meta-step, and what is then to be kept of its members."""
         following, metrics, found = self.step.update_remembering(meta, tasks, memory)
-        assert metrics.tasks is not None  # for the type checker: None in means over meta-steps
+        each = metrics.tasks
+        assert each is not None  # for the type checker: None in means over meta-steps
         if found is None or len({jax.tree.structure(kept) for kept in (found, memory)}) > 1:
             raise ValueError(
                 "state: found a memory of another kind than this step's estimator keeps (another "
                 "estimator's, or another inner solver's). Take a state of this WarmStart's init."
             )
-        finite = jax.vmap(trees.all_finite)((metrics.tasks.loss, found.params, found.solution))
-        lost = metrics.tasks.finite_inputs & ~finite
-        counts = metrics.counts._replace(reset=jnp.sum(lost, dtype=jnp.int32))
+        finite = jax.vmap(trees.all_finite)((each.loss, found.params, found.solution))
+        lost = each.finite_inputs & ~finite
+        metrics = with_reset(metrics, jnp.sum(lost, dtype=jnp.int32))
         # A task whose own data are not finite keeps the memory that it had.
-        found = jax.vmap(trees.where)(metrics.tasks.finite_inputs, found, memory)
-        found = self._begun_anew(lost | self._due(meta.key, found, metrics.tasks), found, following)
-        return following, metrics._replace(counts=counts), found
+        found = jax.vmap(trees.where)(each.finite_inputs, found, memory)
+        found = self._begun_anew(lost | self._due(meta.key, found, each), found, following)
+        return following, metrics, found
 
     def _due(self, key: Array, memory: Memory, tasks: TaskMetrics) -> Bool[Array, " tasks"]:
         """Which members the condition lets begin anew."""

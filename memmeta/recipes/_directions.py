@@ -98,5 +98,7 @@ def made(
     """The meta-step: plain steps φ ← φ − rate · ∇_φ g on draws, a rule, and an outer optimiser."""
     _checks.positive("rate", rate)
     loop = InnerLoop(optax.sgd(rate), steps, view=view)
-    step = make_meta_step(problem, loop, per_task(rule, name, losses_seen), optimizer)
+    estimator = per_task(rule, name, losses_seen)
+    # a step on a few rows does not read all of them to see whether they are finite
+    step = make_meta_step(problem, loop, estimator, optimizer, check_tasks=view is None)
     return WarmStart(step, size)

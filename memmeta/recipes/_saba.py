@@ -110,7 +110,7 @@ def saba(
         kept, report = Stored(v, table, mean), report_of_loop(state)
         return TaskGradient(outer.loss, outer.aux, along.context, None, report, state, kept)
 
-    return made(problem, rule, "saba", optimizer, rate=rate, steps=1, view=None, size=size)
+    return made(problem, rule, "saba", optimizer, rate=rate, steps=1, view=view, size=size)
 
 
 def _nothing(begin: TaskStart, batch: SplitContext, batches: int) -> Stored:
