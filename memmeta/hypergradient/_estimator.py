@@ -253,12 +253,12 @@ def begins_afresh(chunk: Chunk) -> Bool[Array, " tasks"]:
 def kept(
     chunk: Chunk,
     inner: InnerLoop,
-    state: InnerState,
+    state: InnerState | None,
     keys: Key[Array, " tasks"],
     solution: Any = None,
 ) -> Memory | None:
     """The memory of a chunk after its inner loops; None where it came with none."""
-    if chunk.memory is None:
+    if chunk.memory is None or state is None:
         return None
     solver = state.solver if inner.steps_of.carried else None
     words, first = jax.random.key_data(keys), state.first_gradient_norm

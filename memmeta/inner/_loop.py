@@ -244,7 +244,9 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
-        seen = seen_by(self.view, context, key, state.steps)
+        seen = context
+        if self.view is not None:
+            seen = seen_by(self.view, context, key, state.steps)
         params, solver, norm = self.steps_of.update(
             problem, state.params, state.solver, seen, state.steps, key
         )

@@ -60,16 +60,12 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
     return view
 
 
-def seen_by(
-    view: View | None, context: Context, key: Key[Array, ""], step: Int32[Array, ""]
-) -> Context:
-    """What a view lets one step see; None shows all.
+def seen_by(view: View, context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
+    """What a view lets one step see.
 
     Raises:
         ValueError: the view's shapes depend on the step, or it returns another structure.
     """
-    if view is None:
-        return context
     try:
         seen = view(context, key, step)
     except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
