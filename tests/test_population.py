@@ -236,20 +236,29 @@ def test_host_device_and_some_of_the_members_agree(name):
     chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def windows(step, tasks, count):
-    """Bytes of a compiled run of so many windows."""
+def bytes_of_windows(name, steps, count):
+    """Temporary memory of a compiled run of so many windows of so many inner steps."""
+    example = example_for(name)
+    step = population(steps, ESTIMATORS[name].make(), example.problem, optax.sgd(0.1))
 
     def run(state):
-        return jax.lax.scan(lambda s, _: (step.update(s, tasks)[0], None), state, length=count)[0]
+        def body(state, _):
+            return step.update(state, example.tasks)[0], None
 
-    state = step.init(start()[0], tasks)
+        return jax.lax.scan(body, state, length=count)[0]
+
+    state = step.init(example.theta, example.tasks)
     return jax.jit(run).lower(state).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_a_run_of_many_windows_takes_the_memory_of_one():
-    _, tasks = start()
-    step = population(2)
-    assert windows(step, tasks, 1000) <= windows(step, tasks, 10) + 64
+def in_every_run(name):
+    return pytest.param(name, marks=[] if name in ("implicit", "unrolled") else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [in_every_run(name) for name in ESTIMATORS])
+def test_memory_is_flat_in_windows(name):
+    """So that it does not grow with all inner steps together, which are steps times windows."""
+    assert bytes_of_windows(name, 2, 1000) <= bytes_of_windows(name, 2, 10) + 64
 
 
 def test_a_rule_that_returns_no_state_is_named():
