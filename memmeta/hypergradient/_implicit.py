@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memmeta import _trees as trees
-from memmeta.certificate._bound import Measured, certify_measured
+from memmeta.certificate._bound import Measured
+from memmeta.certificate._certify import certify_measured
 from memmeta.certificate._estimate import (
     Residuals,
     given_curvature,
@@ -109,7 +110,7 @@ def implicit(
         )
         if problem.certifiable and begin.wanted.errors:
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
-            bound = certify_measured(problem, params, measured, context)
+            bound = certify_measured(problem, params, measured, begin.context)
             report = report._replace(error_bound=bound.total)
         context_bar = pull_back_view(here.context)
         return TaskGradient(loss, aux, context_bar, None, report, state, solution.value)

@@ -36,7 +36,8 @@ class Report(NamedTuple):
         error_bound: a rigorous bound on the same error, where the problem gives its
             `strong_convexity` and `Structure.deviations`. In θ where `Deviations.embedding` bounds
             ‖∂c/∂θ‖, and its mean over tasks then bounds the error of the whole meta-step; where
-            `embedding` is 1, as for linear heads, it bounds the error in c alone.
+            `embedding` is 1, as for linear heads, it bounds the error in c alone;
+            `certificate.error_in_theta` takes it to θ.
         standard_error: estimate of the root mean square of ‖∇̂F_i − E ∇̂F_i‖, of estimators that
             draw directions.
     """
