@@ -26,6 +26,7 @@ ON_FIRST_USE = {
     "data": "memmeta.data",
     "few_shot": "memmeta.few_shot",
     "models": "memmeta.models",
+    "recipes": "memmeta.recipes",
     "runs": "memmeta.runs",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "make_meta_step",
     "meta",
     "models",
+    "recipes",
     "runs",
 ]
 

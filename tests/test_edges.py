@@ -26,9 +26,10 @@ def warm_run(start, read):
     )
     inner = mm.InnerLoop(mm.inner.gradient_descent(), steps=1)
     step = WarmStart(mm.make_meta_step(problem, inner, implicit(cg(1)), optax.sgd(0.0)), size=2)
-    state = step.init(jnp.ones(()))
+    targets = jnp.array([101.0, 99.0])
+    state = step.init(jnp.ones(()), targets)
     for _ in range(60):
-        state, _ = step(state, jnp.array([101.0, 99.0]), jnp.arange(2))
+        state, _ = step(state, targets)
     return state.memory.params
 
 

@@ -99,6 +99,25 @@ def test_an_evaluation_sees_the_same_minibatches():
     )
 
 
+def own_update(problem, params, state, context, step, key):
+    slope = jax.grad(problem.inner_loss)(params, context)
+    moved = jax.tree.map(lambda p, g: p - RATE * g, params, slope)
+    return moved, state, optax.tree.norm(slope)
+
+
+def test_a_solver_of_ones_own_sees_the_same_minibatches(x64):
+    key, batch = jax.random.key(7), jax.tree.map(jnp.float64, tasks(ROWS))
+    theta = jax.tree.map(jnp.float64, THETA)
+    own = mm.inner.InnerSolver(lambda problem, params, context: (), own_update)
+    inner = mm.InnerLoop(own, STEPS, view=minibatch(SIZE, is_data))
+    exact = jax.value_and_grad(by_hand)(theta, batch, drawn_rows(key))
+    unrolled = mm.hypergradient.unrolled()
+    found = jax.jit(lambda t: unrolled(PROBLEM, inner, t, chunk_of(batch, key)))(theta)
+    chex.assert_trees_all_close(found.gradient, exact[1], rtol=1e-6, atol=1e-9)
+    evaluated = mm.evaluate(PROBLEM, inner, theta, batch, key=key)
+    np.testing.assert_allclose(jnp.mean(evaluated.loss), exact[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["unrolled", "forward_mode"])
 def test_data_with_an_axis_of_steps_are_walked_through(name):
     batch = tasks(STEPS, 3)
@@ -137,6 +156,25 @@ def test_chunks_and_devices_draw_the_same_rows():
     assert len(set(losses[0].tolist())) == 4  # tasks of the same data draw other rows
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda context, key, step: (context[0], jax.tree.map(lambda x: x[: step + 1], context[1])),
+        lambda context, key, step: context[0] if step > 1 else context,
+    ],
+)
+def test_a_view_whose_shapes_depend_on_the_step_is_named(view):
+    inner = mm.InnerLoop(optax.sgd(RATE), STEPS, view=view)
+    with pytest.raises(ValueError, match="view: found one whose shapes depend on the step"):
+        mm.evaluate(PROBLEM, inner, THETA, tasks(ROWS))
+
+
+def test_a_view_of_another_structure_is_named():
+    inner = mm.InnerLoop(optax.sgd(RATE), STEPS, view=lambda context, key, step: context[1])
+    with pytest.raises(ValueError, match="view: expected a context like the given"):
+        mm.evaluate(PROBLEM, inner, THETA, tasks(ROWS))
 
 
 def test_bad_views_are_named():

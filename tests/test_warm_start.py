@@ -52,7 +52,8 @@ def run(step, tasks, theta, count=400):
         state, metrics = step.update(state, tasks, *extra)
         return state, metrics.report.error_bound
 
-    state, bounds = jax.jit(lambda s: jax.lax.scan(body, s, length=count))(step.init(theta))
+    state = step.init(theta, tasks) if warm else step.init(theta)
+    state, bounds = jax.jit(lambda s: jax.lax.scan(body, s, length=count))(state)
     return (state.meta if warm else state).meta_params, bounds
 
 
@@ -72,7 +73,7 @@ def test_warm_starts_converge_exactly_where_cold_ones_do_not(x64):
 def test_host_memory_and_part_of_the_tasks(x64):
     tasks, theta = quadratic_tasks(jax.random.key(0)), jnp.ones(4)
     steps = [WarmStart(make_step(2, 2), 5, on_host=host) for host in (False, True)]
-    states = [step.init(theta) for step in steps]
+    states = [step.init(theta, tasks) for step in steps]
     for numbers in ([3, 1], [0, 3], [4, 2]):
         some = jax.tree.map(lambda x, n=numbers: x[jnp.array(n)], tasks)
         for i, step in enumerate(steps):
@@ -81,7 +82,8 @@ def test_host_memory_and_part_of_the_tasks(x64):
     first, second = ((s.memory, s.meta.meta_params, s.meta.optimizer) for s in states)
     chex.assert_trees_all_close(first, second, rtol=1e-12, atol=1e-15)
     assert isinstance(states[1].memory.params, np.ndarray)
-    assert steps[0].memory_bytes(states[0]) == 2 * 5 * 6 * 8
+    words = 4 + 8 + 2 * 4  # the count of steps, the first slope, and the key
+    assert steps[0].memory_bytes(states[0]) == 2 * 5 * 6 * 8 + 5 * words
 
 
 def test_the_memory_is_spread_over_a_mesh(x64):
@@ -90,7 +92,7 @@ def test_the_memory_is_spread_over_a_mesh(x64):
     found = []
     for step in (make_step(2, 2), make_step(2, 2, mesh=mesh)):
         warm = WarmStart(step, 4)
-        state = warm.init(theta)
+        state = warm.init(theta, tasks)
         for _ in range(3):
             state, _ = warm(state, tasks, jnp.arange(4))
         found.append(state)
@@ -103,7 +105,7 @@ def test_the_memory_is_spread_over_a_mesh(x64):
 def test_a_broken_task_keeps_its_memory(x64):
     tasks = quadratic_tasks(jax.random.key(0))
     step = WarmStart(make_step(2, 2), 5)
-    state, _ = step(step.init(jnp.ones(4)), tasks, jnp.arange(5))
+    state, _ = step(step.init(jnp.ones(4), tasks), tasks, jnp.arange(5))
     before = np.array(state.memory.params)
     broken = tasks._replace(target=tasks.target.at[2].set(jnp.nan))
     state, metrics = step(state, broken, jnp.arange(5))
@@ -183,11 +185,15 @@ def test_errors_say_what_to_do():
     assert WarmStart(spread, 5, on_host=True).size == 5
     warm = WarmStart(step, 5)
     tasks = quadratic_tasks(jax.random.key(0))
-    state = warm.init(jnp.ones(4))
+    state = warm.init(jnp.ones(4), tasks)
     with pytest.raises(ValueError, match="numbers: expected different"):
         warm(state, tasks, jnp.zeros(5, int))
     with pytest.raises(ValueError, match="one for each of the 5 tasks"):
         warm(state, tasks, jnp.arange(4))
-    forgetful = mm.make_meta_step(quadratic_problem(), mm.InnerLoop(), unrolled(), optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"implicit\(\)"):
-        WarmStart(forgetful, 5)(state, tasks, jnp.arange(5))
+    with pytest.raises(ValueError, match="numbers: found None for 4 of 5 tasks"):
+        warm(state, jax.tree.map(lambda x: x[:4], tasks))
+    with pytest.raises(ValueError, match="state: found the memory of 5 members, expected 6"):
+        WarmStart(step, 6)(state, tasks)
+    other = mm.make_meta_step(quadratic_problem(), mm.InnerLoop(), unrolled(), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="state: found a memory of another kind"):
+        WarmStart(other, 5)(state, tasks)

@@ -216,7 +216,7 @@ def memory(keys: Array, quick: bool) -> Experiment:
         claims.append(Claim(f"memory ∝ K^p, {name}", f"p = {power} (± 0.15)", fit, good))
         lines.append(f"{name:26} MB at K = {steps.tolist()}: {np.round(y, 2).tolist()}")
         if isinstance(at[0], WarmStart):
-            kept = at[0].memory_bytes(at[0].init(theta)) / 1e6
+            kept = at[0].memory_bytes(at[0].init(theta, drawn)) / 1e6
     lines.append(f"warm starts keep {kept:.2f} MB more between steps ({tasks} tasks, {dim:,} each)")
     curves = {name: (steps, y[None]) for name, y in found.items()}
     title = f"Memory of a meta-step, dimension {dim:,}"

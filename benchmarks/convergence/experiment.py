@@ -87,11 +87,16 @@ def tightening(tolerance: Callable[[Array], Array], most: int, warm: int = 0) ->
     return make
 
 
+def begun(step: Step, theta: Any, tasks: Any) -> Any:
+    """The state before the first meta-step."""
+    return step.init(theta, tasks) if isinstance(step, WarmStart) else step.init(theta)
+
+
 def megabytes(step: Step, theta: Any, tasks: Any) -> float:
     """What one compiled meta-step needs beside its arguments and results."""
     count = jax.tree.leaves(tasks)[0].shape[0]
     numbers = (jax.ShapeDtypeStruct((count,), jnp.int32),) if isinstance(step, WarmStart) else ()
-    return temporary_megabytes(compiled(step.compiled, step.init(theta), tasks, *numbers))
+    return temporary_megabytes(compiled(step.compiled, begun(step, theta, tasks), tasks, *numbers))
 
 
 def footprint(step: Step, theta: Any, tasks: Any) -> Footprint:
@@ -133,7 +138,7 @@ def trajectory(
             state, metrics = step.update(state, tasks)
         return state, (jnp.sum(measure(theta) ** 2), metrics.report)
 
-    _, found = jax.lax.scan(body, step.init(theta), length=count)
+    _, found = jax.lax.scan(body, begun(step, theta, tasks), length=count)
     return found
 
 

@@ -17,12 +17,15 @@ from memmeta import _trees as trees
 from memmeta.certificate._estimate import error_of_loop
 from memmeta.hypergradient._estimator import (
     Embedded,
+    TaskStart,
+    begin_task,
     embedded,
+    kept,
     over_tasks,
     report_of_loop,
     task_keys,
 )
-from memmeta.hypergradient._seam import Chunk, Report
+from memmeta.hypergradient._seam import Chunk, Memory, Report
 from memmeta.hypergradient._unrolled import has_known_curvature
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._loop import widened
@@ -31,25 +34,30 @@ from memmeta.problem import Batch, MetaParams, Problem, Scalar, SplitContext
 
 
 def losses_and_reports(
-    problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk, estimate_error: bool
-) -> tuple[Float[Array, " tasks"], PyTree, Report]:
-    """f_i(θ, φ_K), aux and report of every task, with an `error_estimate` where asked for."""
-    all_tasks = embedded(problem, meta_params, chunk.tasks)
+    problem: Problem,
+    inner: InnerLoop,
+    meta_params: MetaParams,
+    chunk: Chunk,
+    estimate_error: bool,
+) -> tuple[Float[Array, " tasks"], PyTree, Report, Memory | None]:
+    """f_i(θ, φ_K), aux, report and memory of every task; an `error_estimate` where asked for."""
+    all_tasks, keys = embedded(problem, meta_params, chunk.tasks), task_keys(chunk)
 
-    def one_task(context: SplitContext, key: Array) -> tuple[Scalar, PyTree, Report]:
-        state = inner.run(all_tasks.problem, all_tasks.start, context.whole, key)
+    def one_task(context: SplitContext, key: Array, memory: Memory | None) -> tuple[Any, ...]:
+        begin = begin_task(all_tasks.start, context, key, memory)
+        state = inner.run(all_tasks.problem, begin.params, context.whole, key, begin.earlier)
         loss, aux = all_tasks.problem.outer_loss(state.params, context.whole)
-        return loss, aux, reported(inner, all_tasks, state, context, estimate_error)
+        return loss, aux, reported(inner, all_tasks, begin, state, estimate_error), state
 
-    found: tuple[Array, PyTree, Report] = over_tasks(one_task, all_tasks.contexts, task_keys(chunk))
-    return found
+    loss, aux, report, state = over_tasks(one_task, all_tasks.contexts, keys, chunk.memory)
+    return loss, aux, report, kept(chunk, inner, state, keys)
 
 
 def reported(
     inner: InnerLoop,
     all_tasks: Embedded,
+    begin: TaskStart,
     state: InnerState,
-    context: SplitContext,
     estimate_error: bool,
 ) -> Report:
     """The report of one task's loop.
@@ -57,11 +65,11 @@ def reported(
     Where asked for with an estimate of how far the gradient of the steps is from that of the inner
     solution.
     """
-    report, problem, start = report_of_loop(state), all_tasks.problem, all_tasks.start
+    report, problem, start = report_of_loop(state), all_tasks.problem, begin.params
     if not estimate_error or not has_known_curvature(problem, inner):
         return report
-    start_counts = bool(jax.tree.leaves(all_tasks.dependent(start)))
-    error = error_of_loop(problem, start, state.params, context, start_counts)
+    start_counts = begin.earlier is None and bool(jax.tree.leaves(all_tasks.dependent(start)))
+    error = error_of_loop(problem, start, state.params, begin.context, start_counts)
     return report._replace(error_estimate=error)
 
 
@@ -95,12 +103,13 @@ def task_losses(
         if differentiated:
             require_derivative_at_zero(inner.steps_of, wide, reverse=False)
 
-        def one_task(task: Batch, key: Array) -> Scalar:
+        def one_task(task: Batch, key: Array, memory: Memory | None) -> Scalar:
             context = problem.embed(theta, task)
-            params = inner.run(wide_problem, wide, context, key).params
+            begin = begin_task(wide, SplitContext(context, None), key, memory)
+            params = inner.run(wide_problem, begin.params, context, key, begin.earlier).params
             return wide_problem.outer_loss(params, context)[0]
 
-        all_losses: Array = over_tasks(one_task, chunk.tasks, task_keys(chunk))
+        all_losses: Array = over_tasks(one_task, chunk.tasks, task_keys(chunk), chunk.memory)
         return all_losses
 
     return losses

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report, Wanted
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState
-from memmeta.inner._loop import widened
+from memmeta.inner._loop import Earlier, widened
+from memmeta.inner._views import View, seen_by
 from memmeta.problem import Batch, Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 
@@ -27,7 +28,8 @@ class TaskStart(NamedTuple):
     Attributes:
         params: φ₀, or under a warm start φ̂ of the last meta-step; in float32 or wider.
         context: of the task.
-        key: of the task, for inner solvers that draw.
+        key: of the task, for views and inner solvers that draw.
+        earlier: under a warm start what else the inner loop goes on with; else None.
         guess: under a warm start v̂ of the last meta-step; else None.
         wanted: which figures of the report are read.
     """
@@ -35,7 +37,8 @@ class TaskStart(NamedTuple):
     params: Params
     context: SplitContext
     key: Key[Array, ""]
-    guess: Params | None = None
+    earlier: Earlier | None = None
+    guess: Any = None
     wanted: Wanted = Wanted()
 
 
@@ -48,7 +51,8 @@ class TaskGradient(NamedTuple):
         context: cotangent of the context's active leaves, or None for zero.
         start: cotangent of φ₀, or None for zero.
         report: see `Report`.
-        memory: φ̂ and v̂, from rules that a warm start can use.
+        state: of the inner loop at its end, for a warm start to go on from.
+        solution: v̂, likewise, of rules that have one.
     """
 
     loss: Scalar
@@ -56,7 +60,8 @@ class TaskGradient(NamedTuple):
     context: Context | None
     start: Params | None
     report: Report
-    memory: Memory | None = None
+    state: InnerState | None = None
+    solution: Any = None
 
 
 TaskRule: TypeAlias = Callable[[Problem, InnerLoop, TaskStart], TaskGradient]
@@ -115,9 +120,7 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
     return Embedded(problem, wide, SplitContext(active, passive), dependent, pull_back)
 
 
-def per_task(
-    rule: TaskRule, name: str, seen: Seen = loop_seen, remembers: bool = False
-) -> Estimator:
+def per_task(rule: TaskRule, name: str, seen: Seen = loop_seen) -> Estimator:
     r"""Make a chunk estimator of a rule for one task.
 
     $$\sum_i w_i \nabla F_i = \Big(\frac{\partial (c_1 \dots c_n, \phi_0)}{\partial\theta}\Big)^\top
@@ -126,12 +129,11 @@ def per_task(
     Args:
         rule: (problem, inner, begin) -> `TaskGradient`, for one task. Of it `begin` has φ₀ as
             `params`, the `context` (a `SplitContext` of the leaves that θ reaches and the others),
-            a `key` for inner solvers that draw, and as `guess` v̂ of the last meta-step, None
-            without a warm start.
+            a `key` for views and inner solvers that draw, and `earlier` and `guess` (v̂) of the last
+            meta-step, None without a warm start. Pass `earlier` to `inner.run` or `inner.start`.
         name: of the estimator, for errors.
         seen: what the rule differentiates; meta-parameters on which none of that depends are
             refused.
-        remembers: whether the rule can start from φ̂ and v̂ of the last meta-step, and returns both.
 
     Returns:
         The estimator.
@@ -140,29 +142,32 @@ def per_task(
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
     ) -> Hypergradient:
-        if not remembers:
-            refuse_memory(chunk, name)
         refuse_structural_zeros(problem, inner, meta_params, chunk, name, seen)
         all_tasks = embedded(problem, meta_params, chunk.tasks)
 
         def one_task(context: SplitContext, key: Array, memory: Memory | None) -> TaskGradient:
-            begin = TaskStart(all_tasks.start, context, key, wanted=chunk.wanted)
-            if memory is not None:
-                begin = begin._replace(params=memory.params, guess=memory.solution)
-            found = rule(all_tasks.problem, inner, begin)
-            return found if memory is not None else found._replace(memory=None)
+            begin = begin_task(all_tasks.start, context, key, memory, chunk.wanted)
+            return rule(all_tasks.problem, inner, begin)
 
-        found = over_tasks(one_task, all_tasks.contexts, task_keys(chunk), chunk.memory)
+        keys = task_keys(chunk)
+        found = over_tasks(one_task, all_tasks.contexts, keys, chunk.memory)
+        if chunk.memory is not None and found.state is None:
+            raise ValueError(
+                f"{name}: found a rule that returns no state of its inner loop, expected one under "
+                "a warm start. Pass begin.earlier to inner.run, and return "
+                "TaskGradient(..., state=state)."
+            )
+        memory = kept(chunk, inner, found.state, keys, found.solution)
         context_bar = _or_zeros(found.context, all_tasks.contexts.active)
         start_bar = _or_zeros(found.start, jax.vmap(lambda _: all_tasks.start)(chunk.weights))
         finite = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar))
         usable = finite & (chunk.weights > 0)
         context_bar = weighted(context_bar, chunk.weights, usable)
-        start_bar = weighted(start_bar, chunk.weights, usable)
+        start_bar = weighted(start_bar, chunk.weights, usable & begins_afresh(chunk))
         start_bar = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), start_bar)
         gradient = all_tasks.pull_back(context_bar, start_bar)
         report = _with_error_of_start(found, all_tasks)
-        return Hypergradient(gradient, usable, found.loss, found.aux, report, found.memory)
+        return Hypergradient(gradient, usable, found.loss, found.aux, report, memory)
 
     return estimator
 
@@ -196,28 +201,83 @@ def _or_zeros(cotangent: PyTree | None, like: PyTree) -> PyTree:
 
 def task_keys(chunk: Chunk) -> Key[Array, " tasks"]:
     """A key for each task, the same in whatever chunk and on whatever device it is."""
+    if chunk.memory is not None:
+        return as_keys(chunk.memory.key, chunk.key)
     return jax.vmap(lambda number: jax.random.fold_in(chunk.key, number))(chunk.numbers)
 
 
-def refuse_memory(chunk: Chunk, name: str) -> None:
-    """Raise where an estimator that keeps nothing of a task is given what was kept.
+def begin_task(
+    start: Params,
+    context: SplitContext,
+    key: Key[Array, ""],
+    memory: Memory | None,
+    wanted: Wanted = Wanted(),
+) -> TaskStart:
+    """Where one task begins: at φ₀, or where it was left.
 
-    Raises:
-        ValueError: naming the estimator.
+    Its gradient by φ₀ is that of a life that begins here: what is remembered counts as a constant.
     """
-    if chunk.memory is not None:
-        raise ValueError(
-            f"{name}: found a memory of its tasks (memmeta.meta.WarmStart), expected None: this "
-            "estimator starts every task from φ₀. Use implicit()."
-        )
+    if memory is None:
+        return TaskStart(start, context, key, wanted=wanted)
+    params = trees.where(memory.steps > 0, memory.params, start)
+    earlier = Earlier(memory.solver, memory.steps, memory.first_gradient_norm)
+    return TaskStart(params, context, key, earlier, memory.solution, wanted)
+
+
+def drawn(
+    view: View | None, context: SplitContext, key: Key[Array, ""], step: Int32[Array, ""]
+) -> tuple[SplitContext, Callable[[Context], Context]]:
+    """A context through a view, and the way back for cotangents of its active leaves.
+
+    A rule works on the drawn context alone, and goes back to the whole one once.
+    """
+    if view is None:
+        return context, lambda cotangent: cotangent
+    is_active = jax.tree.map(lambda _: True, context.active)
+    is_active = trees.merge(is_active, jax.tree.map(lambda _: False, context.passive))
+
+    def parts(active: Context) -> tuple[Context, Context]:
+        return trees.split(seen_by(view, context.at(active), key, step), is_active)
+
+    active, transposed, passive = jax.vjp(parts, context.active, has_aux=True)
+    return SplitContext(active, passive), lambda cotangent: transposed(cotangent)[0]
+
+
+def begins_afresh(chunk: Chunk) -> Bool[Array, " tasks"]:
+    """Which tasks start from φ₀, so that where they start depends on θ."""
+    if chunk.memory is None:
+        return jnp.ones(chunk.weights.shape, bool)
+    return chunk.memory.steps == 0
+
+
+def kept(
+    chunk: Chunk,
+    inner: InnerLoop,
+    state: InnerState | None,
+    keys: Key[Array, " tasks"],
+    solution: Any = None,
+) -> Memory | None:
+    """The memory of a chunk after its inner loops; None where it came with none."""
+    if chunk.memory is None or state is None:
+        return None
+    solver = state.solver if inner.steps_of.carried else None
+    words, first = jax.random.key_data(keys), state.first_gradient_norm
+    return Memory(state.params, solver, state.steps, first, words, solution)
+
+
+def as_keys(words: UInt32[Array, "tasks words"], like: Key[Array, ""]) -> Key[Array, " tasks"]:
+    """PRNG keys from their words."""
+    keys: Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
+    return keys
 
 
 def report_of_loop(state: InnerState) -> Report:
     """The figures that every estimator has, from the inner loop's last state."""
     norm, first = state.gradient_norm, state.first_gradient_norm
+    made = state.steps - state.before
     reduction = jnp.where(first > 0, norm / jnp.where(first > 0, first, 1), 0)
-    reduction = jnp.where(state.steps > 0, reduction, jnp.inf)
-    return Report(norm, reduction, state.steps.astype(norm.dtype))
+    reduction = jnp.where(made > 0, reduction, jnp.inf)
+    return Report(norm, reduction, made.astype(norm.dtype))
 
 
 def over_tasks(function: Callable[..., Any], *arguments: PyTree) -> PyTree:

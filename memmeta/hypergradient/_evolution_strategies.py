@@ -7,7 +7,6 @@ from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.hypergradient._differences import shifted
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
-from memmeta.hypergradient._estimator import refuse_memory
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop
@@ -49,7 +48,6 @@ def evolution_strategies(
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
     ) -> Hypergradient:
-        refuse_memory(chunk, "evolution_strategies")
         refuse_structural_zeros(
             problem, inner, meta_params, chunk, "evolution_strategies", loop_seen
         )
@@ -61,10 +59,12 @@ def evolution_strategies(
             return (losses(plus) - losses(minus)) / (2 * scale)
 
         estimating = estimate_error and chunk.wanted.errors
-        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimating)
+        loss, aux, report, memory = losses_and_reports(
+            problem, inner, meta_params, chunk, estimating
+        )
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         found = along_directions(derivatives, floats, weights, chunk.key, directions)
         report = report._replace(standard_error=found.standard_error)
-        return Hypergradient(found.gradient, found.usable, loss, aux, report)
+        return Hypergradient(found.gradient, found.usable, loss, aux, report, memory)
 
     return estimator

@@ -14,13 +14,14 @@ from memmeta.hypergradient._directions import along_directions, reported
 from memmeta.hypergradient._estimator import (
     Embedded,
     TaskGradient,
+    begin_task,
     embedded,
+    kept,
     over_tasks,
-    refuse_memory,
     task_keys,
     weighted,
 )
-from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop
 from memmeta.inner._loop import widened
@@ -64,20 +65,25 @@ def finite_difference(
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
     ) -> Hypergradient:
-        refuse_memory(chunk, "finite_difference")
         refuse_structural_zeros(problem, inner, meta_params, chunk, "finite_difference", loop_seen)
         floats, others = trees.split_inexact(meta_params)
-        all_tasks = embedded(problem, meta_params, chunk.tasks)
+        all_tasks, keys = embedded(problem, meta_params, chunk.tasks), task_keys(chunk)
         step = step_length(scale, floats)
-        direct = partial(_direct_part, inner, all_tasks, estimate_error and chunk.wanted.errors)
-        found = over_tasks(direct, all_tasks.contexts, task_keys(chunk))
+        estimating = estimate_error and chunk.wanted.errors
+        direct = partial(_direct_part, inner, all_tasks, estimating)
+        found = over_tasks(direct, all_tasks.contexts, keys, chunk.memory)
+        memory = kept(chunk, inner, found.state, keys)
 
         def solutions(floats: MetaParams) -> Params:
             theta = trees.merge(floats, others)
             wide_problem, start, _ = widened(problem, problem.init(theta))
             contexts = over_tasks(partial(problem.embed, theta), chunk.tasks)
-            run = lambda context, key: inner.run(wide_problem, start, context, key).params  # noqa: E731
-            return over_tasks(run, contexts, task_keys(chunk))
+
+            def run(context: Context, key: Array, memory: Memory | None) -> Params:
+                begin = begin_task(start, SplitContext(context, None), key, memory)
+                return inner.run(wide_problem, begin.params, context, key, begin.earlier).params
+
+            return over_tasks(run, contexts, keys, chunk.memory)
 
         def derivatives(direction: MetaParams) -> Float[Array, " tasks"]:
             plus, minus = (solutions(shifted(floats, direction, sign * step)) for sign in (1, -1))
@@ -93,22 +99,27 @@ def finite_difference(
         fixed = all_tasks.pull_back(context_bar, jax.tree.map(jnp.zeros_like, all_tasks.start))
         gradient = jax.tree.map(jnp.add, fixed, drawn.gradient)
         report = found.report._replace(standard_error=drawn.standard_error)
-        return Hypergradient(gradient, drawn.usable, found.loss, found.aux, report)
+        return Hypergradient(gradient, drawn.usable, found.loss, found.aux, report, memory)
 
     return estimator
 
 
 def _direct_part(
-    inner: InnerLoop, all_tasks: Embedded, estimate_error: bool, context: SplitContext, key: Array
+    inner: InnerLoop,
+    all_tasks: Embedded,
+    estimate_error: bool,
+    context: SplitContext,
+    key: Array,
+    memory: Memory | None,
 ) -> TaskGradient:
     """The inner loop of one task and ∂_c f at its end; `start` holds ∂_φ f."""
-    problem = all_tasks.problem
-    state = inner.run(problem, all_tasks.start, context.whole, key)
+    problem, begin = all_tasks.problem, begin_task(all_tasks.start, context, key, memory)
+    state = inner.run(problem, begin.params, context.whole, key, begin.earlier)
 
     def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
         return problem.outer_loss(params, context.at(active))
 
     loss, pull_back, aux = jax.vjp(outer_loss, state.params, context.active, has_aux=True)
     outer_params, outer_context = pull_back(jnp.ones_like(loss))
-    report = reported(inner, all_tasks, state, context, estimate_error)
-    return TaskGradient(loss, aux, outer_context, outer_params, report)
+    report = reported(inner, all_tasks, begin, state, estimate_error)
+    return TaskGradient(loss, aux, outer_context, outer_params, report, state)

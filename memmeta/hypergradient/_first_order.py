@@ -35,7 +35,8 @@ def first_order(*, estimate_error: bool = False) -> Estimator:
     """
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        state = inner.run(problem, begin.params, begin.context.whole, begin.key)
+        context = begin.context.whole
+        state = inner.run(problem, begin.params, context, begin.key, begin.earlier)
 
         def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
             return problem.outer_loss(params, begin.context.at(active))
@@ -48,7 +49,7 @@ def first_order(*, estimate_error: bool = False) -> Estimator:
         if wanted and has_known_curvature(problem, inner):
             error = _error(problem, state.params, outer, begin.context)
             report = report._replace(error_estimate=error)
-        return TaskGradient(loss, aux, outer[1], outer[0], report)
+        return TaskGradient(loss, aux, outer[1], outer[0], report, state)
 
     return per_task(rule, "first_order", ends_seen)
 
@@ -81,9 +82,10 @@ def reptile() -> Estimator:
     """
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        state = inner.run(problem, begin.params, begin.context.whole, begin.key)
-        loss, aux = problem.outer_loss(state.params, begin.context.whole)
+        context = begin.context.whole
+        state = inner.run(problem, begin.params, context, begin.key, begin.earlier)
+        loss, aux = problem.outer_loss(state.params, context)
         start_bar = jax.tree.map(jnp.subtract, begin.params, state.params)
-        return TaskGradient(loss, aux, None, start_bar, report_of_loop(state))
+        return TaskGradient(loss, aux, None, start_bar, report_of_loop(state), state)
 
     return per_task(rule, "reptile", start_seen)

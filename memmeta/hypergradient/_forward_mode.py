@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
-from memmeta.hypergradient._estimator import refuse_memory
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop
@@ -53,7 +52,6 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk
     ) -> Hypergradient:
-        refuse_memory(chunk, "forward_mode")
         refuse_structural_zeros(problem, inner, meta_params, chunk, "forward_mode", loop_seen)
         floats, _ = trees.split_inexact(meta_params)
         losses = task_losses(problem, inner, meta_params, chunk, differentiated=True)
@@ -71,14 +69,16 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
                 ) from error
 
         estimating = estimate_error and chunk.wanted.errors
-        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimating)
+        loss, aux, report, memory = losses_and_reports(
+            problem, inner, meta_params, chunk, estimating
+        )
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         if directions is not None:
             found = along_directions(derivatives, floats, weights, chunk.key, directions)
             report = report._replace(standard_error=found.standard_error)
-            return Hypergradient(found.gradient, found.usable, loss, aux, report)
+            return Hypergradient(found.gradient, found.usable, loss, aux, report, memory)
         gradient, usable = _along_coordinates(derivatives, floats, weights)
-        return Hypergradient(gradient, usable, loss, aux, report)
+        return Hypergradient(gradient, usable, loss, aux, report, memory)
 
     return estimator
 

@@ -15,19 +15,30 @@ from memmeta.certificate._estimate import (
     residuals,
     residuals_with_error,
 )
-from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
+from memmeta.hypergradient._estimator import (
+    TaskGradient,
+    TaskStart,
+    drawn,
+    per_task,
+    report_of_loop,
+)
 from memmeta.hypergradient._on_demand import until
-from memmeta.hypergradient._seam import Estimator, Memory
+from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
+from memmeta.inner._views import View
 from memmeta.linear_solve import LinearSolution, LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext, hessian_product
+
+SYSTEM = 2**31 - 4
+"""What keeps the draws of the linear system apart from those of the inner steps."""
 
 
 def implicit(
     solver: LinearSolver = cg(20),
     *,
     tolerance: float | Array | None = None,
+    view: View | None = None,
     estimate_error: bool = True,
 ) -> Estimator:
     r"""The hypergradient by the implicit function theorem; memory does not grow with K.
@@ -44,6 +55,10 @@ def implicit(
             ended, until the certificate is at most this or `inner.steps` are made. May be a traced
             scalar, to be tightened with the outer iterations by `scheduled`. None makes all inner
             steps and one solve.
+        view: (context, key, step) -> what the linear system and the outer loss see, with the number
+            of the last inner step: one draw a meta-step, so that the system is symmetric; such as
+            `memmeta.inner.minibatch`. Cotangents go back through it. The figures of the report are
+            then of that draw. None: all of the context.
         estimate_error: whether the report has an `error_estimate`. It costs another gradient of f
             and another mixed product: little for a head on cached features, a noticeable share of
             the time where a whole network adapts.
@@ -60,18 +75,24 @@ def implicit(
     """
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        context, guess = begin.context.whole, begin.guess
+        guess = begin.guess
         if tolerance is None:
-            state = inner.run(problem, begin.params, context, begin.key)
+            whole = begin.context.whole
+            state = inner.run(problem, begin.params, whole, begin.key, begin.earlier)
         else:
             state, guess, _ = until(tolerance, problem, inner, solver, begin)
         params = state.params
+        # draws of its own: φ has just been moved by those of the inner loop
+        own_key = jax.random.fold_in(begin.key, SYSTEM)
+        number = jnp.maximum(state.steps - 1, 0)
+        seen, pull_back_view = drawn(view, begin.context, own_key, number)
+        context = seen.whole
         _, product = hessian_product(problem, params, context)
 
         def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
-            return problem.outer_loss(params, begin.context.at(active))
+            return problem.outer_loss(params, seen.at(active))
 
-        arguments = (params, begin.context.active)
+        arguments = (params, seen.active)
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         where = {"problem": problem, "params": params, "context": context}
@@ -80,7 +101,7 @@ def implicit(
         solution = jax.lax.optimization_barrier(solver(product, outer[0], **where, start=guess))
 
         estimating = estimate_error and begin.wanted.errors
-        here, estimate = _residuals(problem, params, solution, outer, begin.context, estimating)
+        here, estimate = _residuals(problem, params, solution, outer, seen, estimating)
         report = report_of_loop(state)._replace(
             linear_residual=solution.residual,
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
@@ -91,10 +112,10 @@ def implicit(
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
             bound = certify_measured(problem, params, measured, begin.context)
             report = report._replace(error_bound=bound.total)
-        memory = Memory(params, solution.value)
-        return TaskGradient(loss, aux, here.context, None, report, memory)
+        context_bar = pull_back_view(here.context)
+        return TaskGradient(loss, aux, context_bar, None, report, state, solution.value)
 
-    return per_task(rule, "implicit", losses_seen, remembers=True)
+    return per_task(rule, "implicit", losses_seen)
 
 
 def _residuals(

@@ -61,13 +61,14 @@ def until(
 
     def unfinished(pair: Pair) -> Bool[Array, ""]:
         # `error <= tolerance` is False for NaN: steps are spent, not saved
-        return ~(pair.error <= tolerance) & (pair.inner.steps < inner.steps)
+        made = pair.inner.steps - pair.inner.before
+        return ~(pair.error <= tolerance) & (made < inner.steps)
 
     def one_round(pair: Pair) -> Pair:
         state = inner.advance(problem, pair.inner, context, begin.key, ROUND)
         return Pair(state, *solve(state.params, pair.solution))
 
-    state = inner.start(problem, begin.params, context)
+    state = inner.start(problem, begin.params, context, begin.earlier)
     guess = begin.guess
     guess = jax.tree.map(jnp.zeros_like, begin.params) if guess is None else guess
     first = Pair(state, guess, jnp.full_like(state.gradient_norm, jnp.inf))

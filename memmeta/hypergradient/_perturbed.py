@@ -60,19 +60,21 @@ def perturbed(delta: float | None = None) -> Estimator:
 
 def _rule(length: float, problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
     context = begin.context.whole
-    state = inner.run(problem, begin.params, context, begin.key)
+    state = inner.run(problem, begin.params, context, begin.key, begin.earlier)
+    # under a warm start with draws of their own: from step 0 on they would always see the same
+    key = begin.key if begin.earlier is None else jax.random.fold_in(begin.key, state.steps)
     loss, aux = problem.outer_loss(state.params, context)
 
     def slope(weight: float) -> Context:
         """∂_c (g + weight · f) at its own solution."""
         tilted = _with_outer(problem, weight)
-        solved = inner.run(tilted, state.params, context, begin.key).params
+        solved = inner.run(tilted, state.params, context, key).params
         at_solved = lambda active: tilted.inner_loss(solved, begin.context.at(active))  # noqa: E731
         return jax.grad(at_solved)(begin.context.active)
 
     change = jax.tree.map(jnp.subtract, slope(length), slope(-length))
     context_bar = jax.tree.map(lambda x: x / (2 * length), change)
-    return TaskGradient(loss, aux, context_bar, None, report_of_loop(state))
+    return TaskGradient(loss, aux, context_bar, None, report_of_loop(state), state)
 
 
 def _with_outer(problem: Problem, weight: float) -> Problem:

@@ -102,11 +102,13 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
                 "unrolled() or implicit()."
             )
         context = begin.context
+        # the solver's state is in coefficients of features that change with θ: made anew
+        fresh = replace(inner, solver=inner.steps_of._replace(carried=False))
         head = describe(context.whole)
         make_grams = lambda start, active: _grams(describe(context.at(active)), start)  # noqa: E731
         (support, query), pull_back = jax.vjp(make_grams, begin.params, context.active)
         reduced = _reduced_problem(head, smoothness(context.whole), support)
-        state = _run(reduced, inner, support, begin.key)
+        state = _run(reduced, fresh, support, begin)
         loss, query_pull_back, aux = jax.vjp(reduced.outer_loss, state.params, query, has_aux=True)
         alpha_bar, query_bar = query_pull_back(jnp.ones_like(loss))
         _, transposed = jax.vjp(_field(head.support_loss), state.params, support)
@@ -121,7 +123,7 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
                 linear_residual=solution.residual, smallest_curvature=solution.curvature
             )
         else:
-            support_bar = _through_steps(reduced, inner, alpha_bar, support, begin.key)
+            support_bar = _through_steps(reduced, fresh, alpha_bar, support, begin)
         start_bar, context_bar = pull_back((support_bar, query_bar))
         if estimating:
             adapted = _in_parameters(
@@ -129,7 +131,9 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
             )
             error, _ = error_of_given(problem, *adapted, context_bar, context)
             report = report._replace(error_estimate=error)
-        return TaskGradient(loss, aux, context_bar, start_bar, report)
+        params = unstacked(_head(head, begin.params, state.params), begin.params)
+        found = state._replace(params=params, solver=None)
+        return TaskGradient(loss, aux, context_bar, start_bar, report, found)
 
     seen = losses_seen if differentiate == "solution" else loop_seen
     return per_task(rule, "sample_space", seen)
@@ -191,27 +195,34 @@ def _reduced_problem(head: LinearHead, smoothness: Scalar, support: Support) -> 
     )
 
 
-def _run(reduced: Problem, inner: InnerLoop, support: Support, key: Array) -> InnerState:
+def _run(reduced: Problem, inner: InnerLoop, support: Support, begin: TaskStart) -> InnerState:
     """Run the loop; the reported norm is that of ∇_Φ g, where the solver knows that of r alone."""
+    arguments = (reduced, _first(support), support, begin.key, begin.earlier)
     if inner.steps == 0:
-        return inner.run(reduced, _first(support), support, key)
-    before = replace(inner, steps=inner.steps - 1).run(reduced, _first(support), support, key)
+        return inner.run(*arguments)
+    before = replace(inner, steps=inner.steps - 1).run(*arguments)
     slope = jax.grad(reduced.inner_loss)(before.params, support)
     first_slope = jax.grad(reduced.inner_loss)(_first(support), support)
     # by rounding a square of a norm can come out below zero
     norms = [jnp.sqrt(jnp.maximum(_square(r, support), 0)) for r in (slope, first_slope)]
-    after = replace(inner, tolerance=None).advance(reduced, before, support, key, 1)
+    last = replace(inner, tolerance=None)
+    after = last.advance(reduced, before, support, begin.key, 1)
     return after._replace(gradient_norm=norms[0], first_gradient_norm=norms[1])
 
 
 def _through_steps(
-    reduced: Problem, inner: InnerLoop, alpha_bar: Coefficients, support: Support, key: Array
+    reduced: Problem,
+    inner: InnerLoop,
+    alpha_bar: Coefficients,
+    support: Support,
+    begin: TaskStart,
 ) -> Support:
     """⟨ᾱ, ∂α_K/∂s⟩, coordinate by coordinate of s, by tangents carried along the loop."""
     flat, unravel = trees.ravel(support)
 
     def final(support: Support) -> Coefficients:
-        params: Coefficients = inner.run(reduced, _first(support), support, key).params
+        arguments = (reduced, _first(support), support, begin.key, begin.earlier)
+        params: Coefficients = inner.run(*arguments).params
         return params
 
     def one(index: Array) -> Scalar:
@@ -258,5 +269,9 @@ def _in_parameters(
     image = jax.jvp(slope, (_logits(alpha, support),), (multipliers.samples,))[1]
     # infinite for a ridge of 0, and so is the estimate then
     v = (head.query_features.T @ outer - head.features.T @ image) / support.ridge
-    params = alpha.start * stacked(start) + head.features.T @ alpha.samples
-    return unstacked(params, start), unstacked(v, start)
+    return unstacked(_head(head, start, alpha), start), unstacked(v, start)
+
+
+def _head(head: LinearHead, start: Params, alpha: Coefficients) -> Array:
+    """Φ = a Φ₀ + X̃ᵀA."""
+    return alpha.start * stacked(start) + head.features.T @ alpha.samples

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
 from memmeta.inner import InnerLoop
@@ -22,8 +22,8 @@ class Report(NamedTuple):
     Attributes:
         inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
             converged; infinite where no step was made.
-        inner_reduction: that norm over the one before the first inner step; infinite where no step
-            was made.
+        inner_reduction: that norm over the one before the first inner step (under a warm start of
+            the task's life); infinite where no step was made.
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
         linear_iterations: Hessian-vector products that went into v̂.
@@ -68,15 +68,24 @@ class Wanted:
 
 
 class Memory(NamedTuple):
-    """What is kept of each task from one meta-step to the next.
+    """What is kept of a member of a population, a task, from one meta-step to the next.
 
     Attributes:
-        params: φ̂_i, where the next inner loop starts.
-        solution: v̂_i, where the next linear solve starts.
+        params: φ̂, where the next inner loop goes on.
+        solver: the inner solver's own state; None where it is made anew.
+        steps: inner steps made in this life; where 0, the next meta-step begins at `init`(θ).
+        first_gradient_norm: ‖∇_φ g‖ before the first of them.
+        key: the words of the member's own PRNG key, the same throughout a life, for views and
+            solvers that draw; words, because NumPy has no keys.
+        solution: v̂, where the next linear solve starts; None where the estimator has none.
     """
 
     params: Params
-    solution: Params
+    solver: Any
+    steps: Int32[Array, "*members"]
+    first_gradient_norm: Float[Array, "*members"]
+    key: UInt32[Array, "*members words"]
+    solution: Any
 
 
 class Chunk(NamedTuple):
@@ -88,8 +97,8 @@ class Chunk(NamedTuple):
         numbers: [tasks] which tasks of the meta-step these are.
         key: the meta-step's key, the same for all chunks, so that chunking changes no draw.
         step: the meta-step's number.
-        memory: what the estimator returned for the same tasks last time: `params` φ̂_i, where the
-            inner loops start, and `solution` v̂_i, where the linear solves do; None starts afresh.
+        memory: what the estimator returned for the same tasks last time, see
+            `memmeta.meta.WarmStart`; None starts afresh.
         wanted: which figures of the report are read; `wanted.errors` says whether an estimator
             need take the derivatives of an `error_estimate`.
     """
@@ -136,7 +145,7 @@ class Hypergradient(NamedTuple):
         loss: [tasks] f_i.
         aux: the outer losses' auxiliary outputs, each with a leading axis of tasks.
         report: see `Report`, each entry [tasks].
-        memory: φ̂_i and v̂_i of each task, as in `Chunk`, where that had one.
+        memory: what is to be kept of each task, as in `Chunk`, where that had one.
     """
 
     gradient: MetaParams

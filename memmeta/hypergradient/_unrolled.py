@@ -106,7 +106,7 @@ def through(
 
         def final_loss(start: Params, active: Context, tilt: Params | None) -> Outcome:
             context = begin.context.at(active)
-            state = inner.start(problem, start, context)
+            state = inner.start(problem, start, context, begin.earlier)
             seen = tilted(for_steps(problem, begin.context), tilt)
             state = loop(seen, inner, state, context, begin.key)
             loss, aux = problem.outer_loss(state.params, context)
@@ -120,7 +120,7 @@ def through(
             v = jax.tree.map(jnp.negative, tilt_bar)
             error, met = error_of_given(problem, state.params, v, context_bar, begin.context)
             report = report._replace(error_estimate=error, smallest_curvature=met)
-        return TaskGradient(loss, aux, context_bar, start_bar, report)
+        return TaskGradient(loss, aux, context_bar, start_bar, report, state)
 
     return rule
 

@@ -123,7 +123,7 @@ def gradient_descent() -> InnerSolver:
     def init(problem: Problem, params: Params, context: Context) -> Curvature:
         return _measure(problem, params, context)._replace(ahead=None)
 
-    return InnerSolver(init, update)
+    return InnerSolver(init, update, carried=False)
 
 
 def accelerated() -> InnerSolver:
@@ -171,4 +171,4 @@ def accelerated() -> InnerSolver:
         taken = state._replace(since_restart=state.since_restart + 1, ahead=ahead)
         return *trees.where(accepted, (following, taken), (params, refused)), norm
 
-    return InnerSolver(_measure, update)
+    return InnerSolver(_measure, update, carried=False)

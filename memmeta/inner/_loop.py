@@ -13,7 +13,7 @@ from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
-from memmeta.inner._views import View
+from memmeta.inner._views import View, seen_by
 from memmeta.problem import Context, Params, Problem, Scalar
 
 DEFAULT = accelerated()
@@ -27,8 +27,9 @@ class InnerState(NamedTuple):
         solver: the solver's own state.
         gradient_norm: ‖∇_φ g‖ at the φ that the last step was made from; infinite before the first
             step.
-        first_gradient_norm: the same for the first step.
-        steps: steps made so far.
+        first_gradient_norm: the same for the first step, which may be of an earlier meta-step.
+        steps: steps made so far, those of earlier meta-steps included.
+        before: of these, the steps of earlier meta-steps.
     """
 
     params: Params
@@ -36,6 +37,21 @@ class InnerState(NamedTuple):
     gradient_norm: Scalar
     first_gradient_norm: Scalar
     steps: Int32[Array, ""]
+    before: Int32[Array, ""]
+
+
+class Earlier(NamedTuple):
+    """What a loop goes on with, beside φ, where it began in an earlier meta-step.
+
+    Attributes:
+        solver: the solver's own state.
+        steps: steps made so far; 0 where the loop is to begin afresh.
+        first_gradient_norm: ‖∇_φ g‖ before the first of them.
+    """
+
+    solver: Any
+    steps: Int32[Array, ""]
+    first_gradient_norm: Scalar
 
 
 def widened(problem: Problem, params: Params) -> tuple[Problem, Params, Callable[..., Any]]:
@@ -138,12 +154,18 @@ class InnerLoop:
         return restore(self.run(problem, wide, context, key).params)
 
     def run(
-        self, problem: Problem, params: Params, context: Context, key: Key[Array, ""]
+        self,
+        problem: Problem,
+        params: Params,
+        context: Context,
+        key: Key[Array, ""],
+        earlier: Earlier | None = None,
     ) -> InnerState:
-        """The state at the end, with arguments as for a call; memory does not grow with K."""
+        """The state at the end, with arguments as for `start`; memory does not grow with K."""
+        begin = self.start(problem, params, context, earlier)
         # XLA (jax 0.10.2) inlines a loop whose trip count it can see to be 1, and then schedules
         # the rest differently. Behind the barrier program and memory are the same for every K.
-        limit = jax.lax.optimization_barrier(jnp.int32(self.steps))
+        limit = begin.before + jax.lax.optimization_barrier(jnp.int32(self.steps))
 
         def unfinished(state: InnerState) -> Bool[Array, ""]:
             more: Array = state.steps < limit
@@ -154,14 +176,33 @@ class InnerLoop:
         def body(state: InnerState) -> InnerState:
             return self._step(problem, state, context, key)
 
-        return jax.lax.while_loop(unfinished, body, self.start(problem, params, context))
+        return jax.lax.while_loop(unfinished, body, begin)
 
-    def start(self, problem: Problem, params: Params, context: Context) -> InnerState:
-        """The state before the first step, with arguments as for a call."""
+    def start(
+        self,
+        problem: Problem,
+        params: Params,
+        context: Context,
+        earlier: Earlier | None = None,
+    ) -> InnerState:
+        """The state before the first step, with arguments as for a call.
+
+        Args:
+            problem: whose `inner_loss` is minimised.
+            params: φ₀, or φ of an earlier meta-step.
+            context: of one task.
+            earlier: what else is left of that meta-step; None begins afresh.
+        """
         solver = self.steps_of.init(problem, params, context)
         dtype = jax.eval_shape(trees.norm, params).dtype
         unknown = jnp.asarray(jnp.inf, dtype)
-        return InnerState(params, solver, unknown, unknown, jnp.int32(0))
+        fresh = InnerState(params, solver, unknown, unknown, jnp.int32(0), jnp.int32(0))
+        if earlier is None:
+            return fresh
+        before, first = earlier.steps, earlier.first_gradient_norm
+        if self.steps_of.carried:
+            solver = trees.where(before > 0, earlier.solver, solver)
+        return InnerState(params, solver, unknown, first, before, before)
 
     def advance(
         self,
@@ -203,13 +244,15 @@ class InnerLoop:
     def _step(
         self, problem: Problem, state: InnerState, context: Context, key: Key[Array, ""]
     ) -> InnerState:
-        seen = context if self.view is None else self.view(context, key, state.steps)
+        seen = context
+        if self.view is not None:
+            seen = seen_by(self.view, context, key, state.steps)
         params, solver, norm = self.steps_of.update(
             problem, state.params, state.solver, seen, state.steps, key
         )
         norm = jax.lax.stop_gradient(norm)  # it is reported, not differentiated
         first = jnp.where(state.steps == 0, norm, state.first_gradient_norm)
-        return InnerState(params, solver, norm, first, state.steps + 1)
+        return InnerState(params, solver, norm, first, state.steps + 1, state.before)
 
     @property
     def steps_of(self) -> InnerSolver:

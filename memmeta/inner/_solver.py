@@ -30,6 +30,8 @@ class InnerSolver(NamedTuple):
             old φ). `step` counts from 0; `key` is the task's own and the same in every step: draw
             from `jax.random.fold_in(key, step)`.
         optimizer: the optax optimiser that makes the steps, if one does.
+        carried: whether a loop that goes on from an earlier meta-step keeps the state. False for
+            states that were measured at the θ of their time: they are made anew.
 
     Example:
         >>> import memmeta as mm
@@ -46,6 +48,7 @@ class InnerSolver(NamedTuple):
         tuple[Params, Any, Scalar],
     ]
     optimizer: optax.GradientTransformationExtraArgs | None = None
+    carried: bool = True
 
 
 def from_optax(optimizer: Any) -> InnerSolver:

@@ -60,6 +60,33 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
     return view
 
 
+def seen_by(view: View, context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
+    """What a view lets one step see.
+
+    Raises:
+        ValueError: the view's shapes depend on the step, or it returns another structure.
+    """
+    try:
+        seen = view(context, key, step)
+    except (jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError) as error:
+        raise _depends_on_step() from error
+    except (IndexError, TypeError) as error:
+        if "static" not in str(error) and "Tracer" not in str(error):
+            raise
+        raise _depends_on_step() from error
+    found, expected = (jax.tree.structure(tree) for tree in (seen, context))
+    _checks.require("view", found, [found] == [expected], f"a context like the given, {expected}")
+    return seen
+
+
+def _depends_on_step() -> ValueError:
+    return ValueError(
+        "view: found one whose shapes depend on the step, expected the same shapes in every step, "
+        "which is a traced number. Cut rows by jax.lax.dynamic_slice_in_dim(leaf, first, size), or "
+        "use memmeta.inner.minibatch."
+    )
+
+
 def step_by_step(of: Callable[[str], bool]) -> View:
     """Data that have an axis of steps already: step k sees entry k of it.
 

@@ -5,6 +5,7 @@ from memmeta.meta._explain import explain
 from memmeta.meta._mesh import task_mesh
 from memmeta.meta._metrics import Counts, Metrics, guard
 from memmeta.meta._rates import propose
+from memmeta.meta._reset import lifetimes, reset_every
 from memmeta.meta._step import MetaState, MetaStep, make_meta_step
 from memmeta.meta._warm_start import WarmStart
 
@@ -18,7 +19,9 @@ __all__ = [
     "evaluate",
     "explain",
     "guard",
+    "lifetimes",
     "make_meta_step",
     "propose",
+    "reset_every",
     "task_mesh",
 ]

@@ -77,6 +77,11 @@ def explain(metrics: Metrics) -> str:
             f"{counts['refused']} update(s) refused: the meta-gradient is far larger than usual, "
             "or what was to be stored is not finite (a smaller outer rate, or another dtype)"
         )
+    if counts.get("reset"):
+        found.append(
+            f"{counts['reset']} member(s) set back to their start: what is kept of them, or their "
+            "outer loss, was not finite (a smaller inner rate)"
+        )
     if not used:
         found.append("no task was usable, so nothing was learned")
     if not found and len(counts) < len(KINDS):

@@ -36,6 +36,8 @@ KINDS = (
     "refused",
 )
 """What is counted, see `Counts`."""
+RESET = "reset"
+"""What a population counts beside."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Counts:
             is no strict minimum and the implicit function theorem does not hold.
         refused: updates that the guard refused, because the meta-gradient was far larger than this
             run's usual ones or the next state was not finite.
+        reset: members of a `WarmStart` that were set back to `init`, because φ, v or the outer loss
+            was not finite; None outside of one.
         numbers: all of them as one array, its last axis in the order of `names`.
         names: of those that were looked at.
     """
@@ -69,7 +73,7 @@ class Counts:
     names: tuple[str, ...]
 
     def __getattr__(self, name: str) -> Any:
-        if name not in KINDS:
+        if name not in (*KINDS, RESET):
             raise AttributeError(f"{type(self).__name__} has no {name!r}")
         # One array, cut up where it is read: ten outputs would be ten kernels to compile.
         return self.numbers[..., self.names.index(name)] if name in self.names else None
@@ -146,7 +150,7 @@ class Sums(NamedTuple):
         gradient: Σ_i ∇F_i, in float32 at least.
         aux: sums of the auxiliary outputs.
         figures: sums of the losses and of each figure of the reports.
-        counts: usable tasks, and the numbers of `Counts` without `refused`.
+        counts: usable tasks, and the numbers of `Counts` without `refused` and `reset`.
         smallest: [devices] the smallest curvature on each device, zero in the others' places, so
             that a sum over devices brings the minimum along; None where no curvature was met.
     """
@@ -243,6 +247,13 @@ def with_refused(metrics: Metrics, refused: Int32[Array, ""]) -> Metrics:
     """The metrics of a meta-step with `counts.refused`."""
     counts = metrics.counts
     return metrics._replace(counts=replace(counts, numbers=counts.numbers.at[-1].set(refused)))
+
+
+def with_reset(metrics: Metrics, reset: Int32[Array, ""]) -> Metrics:
+    """The metrics of a meta-step with `counts.reset`."""
+    counts = metrics.counts
+    numbers = jnp.append(counts.numbers, reset.astype(counts.numbers.dtype))
+    return metrics._replace(counts=Counts(numbers, (*counts.names, RESET)))
 
 
 def errors_infinite(nothing: Bool[Array, ""], report: Report) -> Report:

@@ -89,6 +89,7 @@ class MetaStep:
     guard: Guard | None = DEFAULT_GUARD
     strict: bool = False
     report: ReportLevel = "light"
+    check_tasks: bool = True
     devices: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -287,8 +288,10 @@ class MetaStep:
             some, chosen, remembered = jax.tree.map(
                 lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk), (tasks, numbers, memory)
             )
-            finite = jax.vmap(trees.all_finite)(some)
-            some = jax.tree.map(_zero_where_not(finite), some)
+            finite = jnp.ones(chunk, bool)
+            if self.check_tasks:
+                finite = jax.vmap(trees.all_finite)(some)
+                some = jax.tree.map(_zero_where_not(finite), some)
             weights = finite.astype(jnp.float32)
             part = Chunk(some, weights, chosen, draw, step, remembered, wanted)
             found = self.estimator(self.problem, self.inner, meta_params, part)
@@ -376,6 +379,7 @@ def make_meta_step(
     guard: Guard | None = DEFAULT_GUARD,
     strict: bool = False,
     report: ReportLevel = "light",
+    check_tasks: bool = True,
 ) -> MetaStep:
     r"""Make the function that does one outer iteration.
 
@@ -404,6 +408,8 @@ def make_meta_step(
             has all figures that are at hand, and counts all trouble; "full" adds `error_estimate`
             and `error_bound`, which take derivatives of their own; "none" has losses, the
             gradient's norm, and the numbers of tasks left out and updates refused.
+        check_tasks: look in every meta-step for tasks whose own data are not finite. That reads all
+            data, which a step on a few rows of each does not: False for data known to be finite.
 
     Returns:
         A `MetaStep`: `init(meta_params) -> state`, `step(state, tasks) -> (state, metrics)`.
@@ -432,5 +438,5 @@ def make_meta_step(
         [2.0, 3.0]
     """
     transformation = as_transformation("optimizer", optimizer)
-    options = (task_chunk, mesh, guard, strict, report)
+    options = (task_chunk, mesh, guard, strict, report, check_tasks)
     return MetaStep(problem, inner, estimator, transformation, *options)
