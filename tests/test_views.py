@@ -188,3 +188,46 @@ def test_bad_views_are_named():
             view(context, jax.random.key(0), jnp.int32(0))
     with pytest.raises(ValueError, match="size: expected a whole number"):
         minibatch(0, is_data)
+
+
+def rows_of_epoch(count, size, key):
+    """The rows of all steps of one epoch, one after the other."""
+    view = minibatch(size, of=lambda path: path == "rows")
+    context = {"rows": jnp.arange(count)}
+    steps = jnp.arange(count // size, dtype=jnp.int32)
+    return jax.vmap(lambda step: view(context, key, step)["rows"])(steps).ravel()
+
+
+@pytest.mark.parametrize("count", [512, 513, 1024, 1025, 5000])
+def test_an_epoch_has_every_row_once(count):
+    for key in jax.random.split(jax.random.key(0), 3):
+        found = np.asarray(rows_of_epoch(count, 1, key))
+        assert sorted(found) == list(range(count))
+        assert np.mean(found == np.arange(count)) < 0.02
+
+
+def test_rows_that_are_not_sorted_are_as_likely_one_as_another():
+    count, keys = 600, jax.random.split(jax.random.key(1), 6000)
+    view = minibatch(2, of=lambda path: path == "rows")
+    context = {"rows": jnp.arange(count)}
+    drawn = np.asarray(jax.vmap(lambda key: view(context, key, jnp.int32(5))["rows"])(keys))
+    cells = drawn[:, 0] // 30 * 20 + drawn[:, 1] // 30
+    for each, number in ((drawn[:, 0], count), (drawn[:, 1], count), (cells, 400)):
+        expected = len(keys) / number
+        square = np.sum((np.bincount(each, minlength=number) - expected) ** 2 / expected)
+        assert abs(square / number - 1) < 4 * np.sqrt(2 / number)  # χ², four of its deviations
+
+
+@pytest.mark.parametrize("name", ["unrolled", "forward_mode"])
+def test_steps_on_many_rows_are_differentiated(name):
+    key, batch = jax.random.key(7), tasks(600)
+    inner = mm.InnerLoop(optax.sgd(RATE), STEPS, view=minibatch(SIZE, is_data))
+    estimator = ESTIMATORS[name].make()
+    found = jax.jit(lambda t: estimator(PROBLEM, inner, t, chunk_of(batch, key)))(THETA)
+
+    def rows(number, step, leaf):
+        cut, own = minibatch(SIZE, lambda path: path == "leaf"), jax.random.fold_in(key, number)
+        return cut({"leaf": leaf}, own, jnp.int32(step))["leaf"]
+
+    exact = jax.grad(by_hand)(THETA, batch, rows)
+    chex.assert_trees_all_close(found.gradient, exact, rtol=1e-4, atol=1e-5)

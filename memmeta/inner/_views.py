@@ -19,6 +19,10 @@ View: TypeAlias = Callable[[Context, Key[Array, ""], Int32[Array, ""]], Context]
 """(context, the task's key, step) -> the context that this step's inner loss sees."""
 
 
+SORTED, ROUNDS = 512, 6
+"""So many rows are sorted at random; more go through so many rounds of a network."""
+
+
 def minibatch(size: int, of: Callable[[str], bool]) -> View:
     r"""A few rows in each step, drawn without replacement within an epoch.
 
@@ -53,8 +57,8 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
         count = rows.pop()
         _checks.require("size", size, size <= count, f"at most the {count} rows there are")
         epoch, batch = jnp.divmod(step, count // size)
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), count)
-        drawn = jax.lax.dynamic_slice_in_dim(order, batch * size, size)
+        places = batch * size + jnp.arange(size, dtype=jnp.int32)
+        drawn = _shuffled(jax.random.fold_in(key, epoch), places, count)
         return _changed(context, of, lambda leaf: leaf[drawn])
 
     return view
@@ -110,6 +114,49 @@ def step_by_step(of: Callable[[str], bool]) -> View:
         )
 
     return view
+
+
+def _shuffled(
+    key: Key[Array, ""], places: Int32[Array, " size"], count: int
+) -> Int32[Array, " size"]:
+    """Entries of a random order of `count` numbers, of which only these are computed.
+
+    A sort of all rows in each step would cost far more than a gradient on a few of them. A Feistel
+    network permutes the numbers below a power of four, and is applied again to what came out at
+    `count` or above, so that the rest is permuted among itself (Black and Rogaway, "Ciphers with
+    Arbitrary Finite Domains", 2002). Few numbers are sorted: a network has too few orders of them.
+    """
+    if count <= SORTED:
+        return jax.random.permutation(key, count)[places].astype(jnp.int32)
+    half = jnp.uint32(((count - 1).bit_length() + 1) // 2)
+    mask = (jnp.uint32(1) << half) - jnp.uint32(1)
+    keys = jax.random.bits(key, (ROUNDS,), jnp.uint32)
+
+    def permuted(x: Array) -> Array:
+        left, right = x >> half, x & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+        joined: Array = (left << half) | right
+        return joined
+
+    def outside(x: Array) -> Array:
+        beyond: Array = x >= jnp.uint32(count)
+        return beyond
+
+    def again(x: Array) -> Array:
+        return jnp.where(outside(x), permuted(x), x)
+
+    first = permuted(places.astype(jnp.uint32))
+    found: Array = jax.lax.while_loop(lambda x: jnp.any(outside(x)), again, first)
+    return found.astype(jnp.int32)
+
+
+def _mixed(x: Array) -> Array:
+    """Every bit of x on every bit of the result: the last step of MurmurHash3 (Appleby, 2011)."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    mixed: Array = x ^ (x >> jnp.uint32(16))
+    return mixed
 
 
 def _path(keys: tuple[Any, ...]) -> str:
