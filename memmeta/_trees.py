@@ -1,6 +1,7 @@
 """Internal: pytrees split and merged, their norm, and which outputs depend on which inputs."""
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -56,7 +57,8 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
         True
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [jnp.bool_(True)]))
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+    return reduce(jnp.logical_and, finite) if finite else jnp.bool_(True)
 
 
 def where(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -83,12 +85,13 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     if not leaves:
         return jnp.zeros((), jnp.float32)
     dtype = widest(leaf.dtype for leaf in leaves)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]))
-    scale = jax.lax.stop_gradient(jnp.where(largest > 0, largest, 1))
+    greatest = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
+    largest = jax.lax.stop_gradient(reduce(jnp.maximum, greatest))
+    scale = jnp.where(largest > 0, largest, 1)
     squares = [jnp.sum((leaf / scale.astype(leaf.dtype)) ** 2).astype(dtype) for leaf in leaves]
     total = sum(squares[1:], squares[0])
     # A root has no derivative at zero: the one that is asked for there is zero.
-    return jnp.where(total == 0, 0, scale * jnp.sqrt(jnp.where(total == 0, 1, total)))
+    return largest * jnp.sqrt(jnp.where(total == 0, 1, total))
 
 
 def accumulator(dtype: Any) -> Any:

@@ -96,14 +96,16 @@ def implicit(
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         where = {"problem": problem, "params": params, "context": context}
+        solution = solver(product, outer[0], **where, start=guess)
         # XLA (jax 0.10.2) would otherwise start the mixed product before the solve has ended, and
         # hold the intermediate values of both at once.
-        solution = jax.lax.optimization_barrier(solver(product, outer[0], **where, start=guess))
+        params, value = jax.lax.optimization_barrier((params, solution.value))
+        solution = solution._replace(value=value)
 
         estimating = estimate_error and begin.wanted.errors
         here, estimate = _residuals(problem, params, solution, outer, seen, estimating)
         report = report_of_loop(state)._replace(
-            linear_residual=solution.residual,
+            linear_residual=_share(here.params, outer[0]),
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
@@ -116,6 +118,13 @@ def implicit(
         return TaskGradient(loss, aux, context_bar, None, report, state, solution.value)
 
     return per_task(rule, "implicit", losses_seen)
+
+
+def _share(residual: Params, right: Params) -> Scalar:
+    """‖r‖ / ‖∂_φ f‖, from the pass that the mixed product takes anyway; 0 where there is no f."""
+    norm = trees.norm(right)
+    share = trees.norm(residual) / jnp.where(norm > 0, norm, 1)
+    return jnp.where(norm == 0, 0, jnp.where(jnp.isnan(share), jnp.inf, share))
 
 
 def _residuals(

@@ -152,7 +152,9 @@ def make_solver(
         operator, scaling = _scaled_operator(image, damped, damping, diagonal, wide)
         target, norm = unit(wide)
         guess, target = _warm(damped, start, target, norm)
-        target, rest = unit(scaling(target))
+        rest = jnp.ones_like(norm)
+        if start is not None or diagonal is not None:
+            target, rest = unit(scaling(target))
         step, curvature, iterations = method(operator, target)
         value = jax.tree.map(jnp.add, guess, scaled(rest, scaling(step)))
         return _finish(image, b, scaled(norm, value), curvature, iterations)
