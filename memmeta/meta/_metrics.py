@@ -150,11 +150,13 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     implicit = usable if report.linear_residual is not None else jnp.zeros_like(usable)
     residual = 0 if report.linear_residual is None else report.linear_residual
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
+    contraction = 0 if report.contraction is None else report.contraction
+    grew = ~(report.inner_reduction < GREW) | ~(jnp.asarray(contraction) < 1)
     return [  # `~(… < …)`: NaN counts as trouble
         ~usable,
         *causes,
         found,
-        usable & stepped & ~(report.inner_reduction < GREW),
+        usable & stepped & grew,
         implicit & ~(report.inner_reduction <= LEFT),
         implicit & ~(jnp.asarray(residual) <= LEFT),
         usable & (jnp.asarray(curvature) <= 0),
