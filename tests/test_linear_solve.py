@@ -414,6 +414,7 @@ def test_no_message_between_devices_in_any_step(tolerance):
         jax.vmap(solve), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     tasks = jnp.ones((2 * len(jax.devices()), 5))
+    tasks = jax.device_put(tasks, jax.NamedSharding(mesh, spec))
     text = jax.jit(spread).lower(tasks).compile().as_text()
     for collective in ("all-reduce", "all-gather", "collective-permute", "all-to-all"):
         assert collective not in text
