@@ -7,7 +7,7 @@ for whole runs, with the packages that they need, are loaded when they are first
 import importlib
 from typing import Any
 
-from memmeta import certificate, hypergradient, inner, linear_solve, meta
+from memmeta import _checks, certificate, hypergradient, inner, linear_solve, meta
 from memmeta.hypergradient import implicit_solution
 from memmeta.inner import InnerLoop
 from memmeta.linear_solve import optimistix_adjoint
@@ -42,6 +42,7 @@ __all__ = [
     "certificate",
     "confidence_interval",
     "data",
+    "enable_compilation_cache",
     "evaluate",
     "explain",
     "few_shot",
@@ -57,6 +58,15 @@ __all__ = [
 ]
 
 
+def enable_compilation_cache() -> None:
+    """Keep compiled programs between runs of Python, as the command line does.
+
+    They lie in a folder below the user's cache that nobody else can write to, or in that which the
+    environment variable `JAX_COMPILATION_CACHE_DIR` names. Call it before the first compilation.
+    """
+    importlib.import_module("memmeta.runs._compiled").use_compilation_cache()
+
+
 def __getattr__(name: str) -> Any:
     if name in ON_FIRST_USE:
         return importlib.import_module(ON_FIRST_USE[name])
@@ -64,7 +74,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("memmeta")
-    raise AttributeError(f"module 'memmeta' has no attribute {name!r}")
+    raise _checks.no_attribute("memmeta", name, __all__)
 
 
 def __dir__() -> list[str]:

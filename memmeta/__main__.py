@@ -1,4 +1,4 @@
-"""The command line: `memmeta train`, `memmeta evaluate` and `memmeta report`.
+"""The command line: `memmeta train`, `evaluate`, `compare` and `report`; `memmeta --version`.
 
 Exit codes:
 
@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
+import memmeta
 from memmeta.data import DataError, Limits
 from memmeta.data._files import unused_path
 from memmeta.meta import _mesh as mesh_of
@@ -35,6 +36,7 @@ from memmeta.runs._compiled import use_compilation_cache
 from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder, new_run, old_run, require_new
 from memmeta.runs._interruption import Interrupted, Stopped
+from memmeta.runs._networks import is_module
 from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import Trainer, check_room, make_trainer
 from memmeta.runs.checkpoints import CheckpointError
@@ -81,9 +83,30 @@ class Evaluate:
     """Number of test episodes; None: as in the run."""
     test_steps: int | None = None
     """Steps of the inner loop; None: as in the run."""
+    data: str | None = None
+    """Other data to evaluate on, of images of the same shape; None: the run's."""
     data_dir: Path | None = None
-    """Folder of the run's data, needed if these are not part of the package: the folder that the
-    run's configuration names, or another."""
+    """Folder of the data, needed if these are not part of the package: the folder that the run's
+    configuration names, or another."""
+    network: str | None = None
+    """The run's network, to confirm that its code may be run, if it is one of your own
+    (module:PATH.TO:FACTORY)."""
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs on the same test episodes: accuracies, and their paired difference from the
+    first run's, with 95 % intervals."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, at least two, with the same data, ways, shots and test queries."""
+    episodes: int = 600
+    """Number of test episodes."""
+    data_dir: Path | None = None
+    """Folder of the runs' data, as for `memmeta evaluate`."""
+    network: str | None = None
+    """The runs' network, as for `memmeta evaluate`."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -99,6 +122,8 @@ class Report:
     """Number of test episodes of each group of classes."""
     data_dir: Path | None = None
     """Folder of the runs' data, as for `memmeta evaluate`."""
+    network: str | None = None
+    """The runs' network, as for `memmeta evaluate`."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -115,7 +140,7 @@ def run_train(command: Train) -> None:
     path = command.run or _new_path(command.config)
     if command.resume:
         with old_run(path) as folder:
-            trainer, block = _prepared(command)
+            trainer, block = _prepared(command, folder)
             _train_in(folder, command, trainer, block)
         return
     if processes.is_first():
@@ -130,12 +155,15 @@ def _new_path(config: Config) -> Path:
     return unused_path(Path("runs"), f"{config.data}-{config.method}".replace("/", "-"))
 
 
-def _prepared(command: Train) -> tuple[Trainer, Block]:
+def _prepared(command: Train, resumed: RunFolder | None = None) -> tuple[Trainer, Block]:
     from memmeta.runs import _progress as progress
 
     config = command.config
     mesh = devices.chosen(command.devices, config.tasks)
     trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
+    if trainer.head is not None and resumed and checkpoints.whole(resumed.checkpoints):
+        require_unaltered(resumed, config)
+        trainer, _ = trainer.restored(resumed.checkpoints)  # its head, before it is compiled
     progress.console.print(
         f"{config.method} on {config.data}, {config.ways}-way {config.shots}-shot, "
         f"on {mesh_of.shards(mesh)} {jax.default_backend()} device(s); compiling the meta-step",
@@ -188,12 +216,34 @@ def run_evaluate(command: Evaluate) -> None:
     changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     stored = folder.config()
     require_unaltered(folder, stored)
-    config = replace(confirmed(stored, command.data_dir), **changes)
+    named = (command.data_dir, command.network, command.data)
+    config = replace(confirmed(stored, *named), **changes)
     devices.use(devices.cores())
     mesh = devices.chosen(None, config.tasks)
-    trainer = make_trainer(config, mesh, command.limits, progress.data_bar)
-    state = checkpoints.restore(folder.checkpoints, trainer.init())
+    made = make_trainer(config, mesh, command.limits, progress.data_bar)
+    try:
+        trainer, state = made.restored(folder.checkpoints)
+    except CheckpointError as error:
+        if command.data is None:
+            raise
+        shape = "x".join(map(str, made.splits["test"].example_shape))
+        raise UserError(
+            f"--data {command.data}: examples of {shape}, where the run's network does not fit: "
+            f"{error}"
+        ) from error
     progress.print_report(final_report(trainer, state, folder))
+
+
+def run_compare(command: Compare) -> None:
+    """Run the command `memmeta compare`."""
+    from memmeta.runs import _progress as progress
+    from memmeta.runs._compare import compare
+
+    devices.use(devices.cores())
+    rows = compare(
+        command.runs, command.episodes, command.data_dir, command.network, command.limits
+    )
+    progress.print_comparison(rows)
 
 
 def run_report(command: Report) -> None:
@@ -204,7 +254,8 @@ def run_report(command: Report) -> None:
         raise UserError("runs: found none, expected at least one run folder")
     if command.episodes < 2:
         raise UserError(f"episodes: expected at least 2, found {command.episodes}")
-    runs = report.judge_all(command.runs, command.episodes, command.data_dir, command.limits)
+    how = (command.episodes, command.data_dir, command.limits, command.network)
+    runs = report.judge_all(command.runs, *how)
     for path in report.write(runs, command.out, command.episodes):
         print(path)
 
@@ -221,7 +272,9 @@ def _stored_default(arguments: Sequence[str]) -> Config:
         elif given.startswith("--run="):
             path = given.removeprefix("--run=")
     if "--resume" in arguments and path is not None:
-        return replace(RunFolder(Path(path)).config(), data_dir=None)
+        stored = RunFolder(Path(path)).config()
+        network = Config().network if is_module(stored.network) else stored.network
+        return replace(stored, data_dir=None, network=network)
     return Config()
 
 
@@ -232,7 +285,8 @@ def _confirmed(run: Path, given: Config) -> Config:
         UserError: an option differs from the run's, or a data folder is needed and was not given.
     """
     stored = RunFolder(run).config()
-    for name in vars(stored).keys() - {"data_dir"}:
+    code = {"network"} if is_module(stored.network) else set()  # `confirmed` asks for it
+    for name in vars(stored).keys() - {"data_dir"} - code:
         was, found = getattr(stored, name), getattr(given, name)
         if was != found and not (name == "meta_steps" and found > was):
             longer = "or a larger one, " if name == "meta_steps" else ""
@@ -240,7 +294,8 @@ def _confirmed(run: Path, given: Config) -> Config:
                 f"{name}: was {was} in this run, found {found}; a resumed run keeps its options: "
                 f"leave it out, {longer}or start a new run"
             )
-    return replace(confirmed(stored, given.data_dir), meta_steps=given.meta_steps)
+    named = (given.data_dir, given.network)
+    return replace(confirmed(stored, *named), meta_steps=given.meta_steps)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -287,18 +342,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"memmeta {memmeta.__version__}")
+        return 0
     stored = _stored_default(arguments)
     train = Annotated[Train, tyro.conf.subcommand("train", default=Train(stored))]
     evaluate = Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     report = Annotated[Report, tyro.conf.subcommand("report")]
-    command: Train | Evaluate | Report = tyro.cli(
-        train | evaluate | report,
+    compare = Annotated[Compare, tyro.conf.subcommand("compare")]
+    command: Train | Evaluate | Report | Compare = tyro.cli(
+        train | evaluate | compare | report,
         prog="memmeta",
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     if isinstance(command, Evaluate):
         run_evaluate(command)
+        return 0
+    if isinstance(command, Compare):
+        run_compare(command)
         return 0
     if isinstance(command, Report):
         run_report(command)

@@ -1,8 +1,9 @@
 """Checks of arguments, whose errors say which one, what was found and what was expected."""
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -57,3 +58,20 @@ def arguments(name: str, function: Callable[..., Any], number: int) -> None:
 def one_of(name: str, value: Any, options: tuple[Any, ...]) -> None:
     """Refuse what is not in a list."""
     require(name, value, value in options, f"one of {', '.join(map(repr, options))}")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A sentence with the known name that is most like another one; "" where none is.
+
+    Example:
+        >>> meant("mamll", ["maml", "anil"])
+        " Did you mean 'maml'?"
+    """
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def no_attribute(module: str, name: str, known: Iterable[str]) -> AttributeError:
+    """The error of a name that a module does not have."""
+    said = f"module {module!r} has no attribute {name!r}.{meant(name, known)}"
+    return AttributeError(said)

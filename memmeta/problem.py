@@ -41,17 +41,21 @@ class Task(NamedTuple):
     """A few-shot task: examples to adapt on (support) and examples to evaluate on (query).
 
     Attributes:
-        support_inputs: [support, ...] examples, any dtype (images are uint8 until the network).
+        support_inputs: [support, ...] examples, any dtype (images are uint8 until the network), or
+            a pytree of such arrays, for instance {"ids": ..., "mask": ...}.
         support_targets: [support, ...] class indices (int32) or regression targets (float).
         query_inputs: [query, ...] examples.
         query_targets: [query, ...] class indices or regression targets. A class index of -1, here
             and above, marks padding, which counts in no loss, no batch statistic and no accuracy.
+        extras: whatever else the task has, None for nothing. The networks of `memmeta.models` read
+            one entry: of {"key": a PRNG key} they draw their noise, such as dropout.
     """
 
-    support_inputs: Shaped[Array, "*support"]
+    support_inputs: PyTree[Shaped[Array, "support ..."]]
     support_targets: Shaped[Array, "*support_targets"]
-    query_inputs: Shaped[Array, "*query"]
+    query_inputs: PyTree[Shaped[Array, "query ..."]]
     query_targets: Shaped[Array, "*query_targets"]
+    extras: PyTree = None
 
 
 class Deviations(NamedTuple):
@@ -109,13 +113,13 @@ class Composite:
     Its Gauss–Newton matrix Jᵀ ∂²loss J + ridge · I, with J = ∂outputs, is never indefinite.
 
     Attributes:
-        outputs: φ -> Z, an array of any shape: those of a network on the support examples.
+        outputs: φ -> Z, any pytree: those of a network on the support examples.
         loss: Z -> ℓ.
         ridge: the strength of the ridge or proximal term, whatever its anchor.
     """
 
-    outputs: Callable[[Params], Array]
-    loss: Callable[[Array], Scalar]
+    outputs: Callable[[Params], PyTree]
+    loss: Callable[[PyTree], Scalar]
     ridge: Scalar | float
 
 
@@ -144,12 +148,16 @@ class Structure:
         deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
             distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
             a rigorous error bound.
+        solver: a `memmeta.linear_solve.LinearSolver` whose solves are cheap beside `embed`. With it
+            the error bound is taken by way of a better answer, which Newton steps with it give:
+            sharper by one or two orders of magnitude.
         check: tasks -> None, raising a ValueError for a batch that the losses cannot read. Called
             outside compiled code, before a batch of new shapes is used for the first time.
     """
 
     head: Callable[[Context], LinearHead] | None = None
     deviations: "Callable[[Problem, Params, Params, Scalar, Context], Deviations] | None" = None
+    solver: Callable[..., Any] | None = None
     check: Callable[[Batch], None] | None = None
     composite: Callable[[Context], Composite] | None = None
 

@@ -83,7 +83,7 @@ def test_statistics_at_test_change_what_is_judged():
     recipe = settings.Recipe()
     learners = {
         kind: settings.make_learner(setting, TINY, test, "protonet", recipe, kind)
-        for kind in runs.STATISTICS
+        for kind in ("transductive", "support")
     }
     theta = learners["support"].init(jax.random.key(0))
     found = runs.evaluation_program(job, test)(theta, test)
@@ -171,19 +171,36 @@ def test_the_docs_show_what_was_measured():
 def test_presets_of_the_authors_are_theirs_alone(capsys):
     setting = Setting("cifar_fs", 5, 5)
     recipe = settings.recipe_of("authors", setting, "memory_reduced")
-    assert (recipe.rate, recipe.inner.steps, recipe.options) == (
+    assert (recipe.rate, recipe.inner.steps, recipe.options, recipe.statistics) == (
         1e-4,
         20,
         {"ridge": 0.0, "cg_steps": 20},
+        "separate",
     )
     assert settings.sizes_of(setting).width == 64
     assert settings.sizes_of(Setting("mini_imagenet", 5, 5)).width == 32
-    with pytest.raises(SystemExit, match=r"authors ran memory_reduced, maml, .*found r2d2"):
+    with pytest.raises(SystemExit, match=r"authors ran memory_reduced, itd_bio, .*found r2d2"):
         methods.main(["--data", "glyphs", "--preset", "authors", "--method", "r2d2"])
     with pytest.raises(SystemExit, match=r"same_inner is for anil and itd_bio on classes"):
         methods.main(["--data", "tides", "--preset", "same_inner"])
     with pytest.raises(SystemExit, match="unknown data set 'glyfs'"):
         methods.main(["--data", "glyfs", "--method", "maml", "--quick"])
+
+
+def test_the_authors_networks_start_as_theirs():
+    """Scales from U(0, 1), and one random head for the methods that do not learn it."""
+    setting, train = Setting("glyphs", 3, 1), mm.data.load("glyphs", "train")
+    heads = []
+    for method in ("memory_reduced", "itd_bio"):
+        recipe = settings.recipe_of("authors", setting, method)
+        learner = settings.make_learner(setting, TINY, train, method, recipe)
+        theta = learner.init(jax.random.key(0))
+        scales = theta["body"]["ConvBlock_0"]["scale"]
+        assert 0 <= scales.min() < scales.max() < 1
+        start = learner.problem.init(theta)  # of all parameters where features are recomputed
+        heads.append(start.get("head", start))
+    assert np.abs(heads[0]["kernel"]).min() > 0
+    jax.tree.map(np.testing.assert_array_equal, *heads)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in regression.WITHOUT])

@@ -4,15 +4,26 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 
 import jax
 import numpy as np
 import pandas
 import pytest
 
+from memmeta import models
 from memmeta.__main__ import main
 from memmeta.data import Augmentation, Episodes, Warp, load, normalisation
-from memmeta.runs import Config, RunFolder, checkpoints, make_trainer, new_run
+from memmeta.runs import (
+    Config,
+    RunFolder,
+    UserError,
+    checkpoints,
+    make_trainer,
+    new_run,
+    train,
+)
 
 SMALL = [
     *(
@@ -25,6 +36,7 @@ SMALL = [
         "--log-every=2",
     ),
     *("--checkpoint-every=2", "--episodes=4", "--inner-steps=5", "--devices=1"),
+    "--head-start=random",
 ]
 
 
@@ -38,7 +50,7 @@ def run(tmp_path_factory):
 
 def parameters(path):
     folder = RunFolder(path)
-    return checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+    return make_trainer(folder.config()).restored(folder.checkpoints)[1]
 
 
 def last_line(capsys):
@@ -67,7 +79,26 @@ def test_evaluate(run, capsys):
     assert "3 episodes" in capsys.readouterr().out
 
 
-def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
+def with_another_initialisation(monkeypatch):
+    """From now on networks start otherwise, and so do the heads that a seed gives."""
+    monkeypatch.setattr(models, "conv4", partial(models.conv4, initialisation="xavier_uniform"))
+
+
+def test_a_random_head_is_that_of_the_checkpoint(run, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        assert main(["evaluate", str(run), "--test-steps=0"]) == 0  # the head alone decides
+        outputs.append(capsys.readouterr().out)
+        with_another_initialisation(monkeypatch)
+    assert outputs[0] == outputs[1]
+    another = make_trainer(RunFolder(run).config())
+    with pytest.raises(UserError, match="hold another random head than the trainer"):
+        train(another, another.compile(), RunFolder(run), resume=True)
+
+
+def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path, monkeypatch):
+    """Where heads start is in the checkpoints, so that a newer default changes nothing."""
+    with_another_initialisation(monkeypatch)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for step in (4, 6):
@@ -86,6 +117,8 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(run, tmp_path):
         for path in (run, copy)
     )
     pandas.testing.assert_frame_equal(first, second)
+    first, second = (json.loads((path / "report.json").read_text()) for path in (run, copy))
+    assert first["accuracy"] == second["accuracy"]
 
 
 def _plain(leaf):
@@ -135,6 +168,10 @@ def test_a_configuration_altered_after_the_fact(command, run, tmp_path, capsys):
         (["--inner-rate", "nan"], "inner_rate: expected a finite number or nothing, found nan"),
         (["--tasks", "0"], "tasks: expected at least 1, found 0"),
         (["--tasks", "4", "--task-chunk", "3"], "task_chunk: expected a divisor of tasks=4"),
+        (["--test-queries", "50"], "--test-queries=50"),
+        (["--network", "conv5"], "--network conv5: expected conv4, resnet12, mlp or module:"),
+        (["--network", "module:nowhere:make"], "--network module:nowhere:make: No module named"),
+        (["--network", "module:json:dumps"], "--network module:json:dumps"),
         (["--checkpoint-every", "3"], "checkpoint_every: expected a multiple of log_every"),
         (["--data", "nothing"], "unknown data set 'nothing'"),
         (["--ways", "5000"], "ways=5000 is too many"),
@@ -146,6 +183,48 @@ def test_bad_options_end_in_one_line(arguments, message, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, *arguments]) == 1
     assert message in last_line(capsys)
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memmeta {version('memmeta')}\n"
+
+
+def test_defaults_fit_together():
+    assert [Config(log_every=every).saved_every for every in (40, 50, 7, 1000)] == [
+        *(240, 250, 238, 1000)
+    ]
+
+
+@pytest.mark.parametrize("name", ["resnet12", "mlp"])
+def test_networks_by_name(name):
+    made = Config(network=name, width=4, dtype="bfloat16").made_network((28, 28, 1))
+    assert made.ways == 5
+
+
+def test_runs_are_compared_on_the_same_episodes(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    assert main(["compare", str(run), str(other), "--episodes=4"]) == 0
+    assert "+0.00 ± 0.00" in capsys.readouterr().out
+    assert main(["compare", str(run)]) == 1
+    assert "at least two run folders" in last_line(capsys)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"shots": 2}))
+    assert main(["compare", str(run), str(other)]) == 1
+    assert "its shots is 2" in last_line(capsys)
+
+
+def test_code_of_a_stored_run_is_run_only_where_named(run, tmp_path, capsys):
+    """A folder may come from somebody else."""
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"network": "module:os:abort"}))
+    (other / "checkpoints" / "00000006.json").unlink()
+    resume = ["train", "--resume", "--run"]
+    for command in (["evaluate"], ["report"], ["compare", str(run)], resume):
+        assert main([*command, str(other)]) == 1
+        line = last_line(capsys)
+        assert "wants to run code" in line or "network is module:os:abort" in line
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(run, capsys):

@@ -69,11 +69,11 @@ def lines(path):
 
 
 def final_state(path):
-    """The bytes of every parameter of the newest checkpoint."""
+    """The bytes of every array of the newest checkpoint."""
     folder = RunFolder(path)
-    state = checkpoints.restore(folder.checkpoints, make_trainer(folder.config()).init())
+    trainer, state = make_trainer(folder.config()).restored(folder.checkpoints)
     state = state._replace(key=jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.stored(state))]
 
 
 def assert_same_run(first, second):
@@ -307,7 +307,7 @@ def test_a_long_run_on_adversarial_tasks_ends_finite(estimator):
     state, counts = run(step.init(jnp.linspace(-1.0, 1.0, 4)))
     assert np.isfinite(state.meta_params).all()
     assert np.abs(state.meta_params).max() < 100
-    totals = {name: int(jnp.sum(count)) for name, count in counts._asdict().items()}
+    totals = {name: int(jnp.sum(count)) for name, count in counts.as_dict().items()}
     assert totals["masked"] > 1000
     assert totals["refused"] > 0
     if estimator == "implicit":

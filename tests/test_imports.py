@@ -1,6 +1,7 @@
 """What `import memmeta` loads, the core alone and the rest later; and what tests import of it."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_an_unknown_room_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'memmeta' has no attribute 'nothing'"):
         memmeta.nothing  # noqa: B018
     assert set(memmeta.__all__) <= set(dir(memmeta))
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "meant"),
+    [
+        ("memmeta", "meta_step", "make_meta_step"),
+        ("memmeta.few_shot.algorithms", "mamll", "maml"),
+        ("memmeta.hypergradient", "implict", "implicit"),
+    ],
+)
+def test_a_name_that_is_nearly_right(room, name, meant):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'. Did you mean '{meant}'"):
+        getattr(importlib.import_module(room), name)
 
 
 def is_private(name):

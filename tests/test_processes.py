@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import time
@@ -9,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_faults import QUICK, TINY, final_state, line_count, lines, start_with, wait_for_lines
+from test_faults import (
+    QUICK,
+    TINY,
+    assert_same_run,
+    ended,
+    final_state,
+    line_count,
+    lines,
+    start_with,
+    wait_for_lines,
+)
 
 from memmeta.__main__ import main
 from memmeta.runs import checkpoints
@@ -93,26 +104,49 @@ def listening(pids):
     return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and row[9] in sockets}
 
 
+def still_there(path):
+    """The processes of a run, whoever started them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(path) in file.read_bytes().split(b"\0"):
+                found.append(int(file.parent.name))
+    return found
+
+
 @pytest.mark.slow
-def test_a_launcher_killed_three_times_leaves_no_process_behind(tmp_path):
-    """Its processes listen to this machine alone, save their state, and the run goes on."""
-    path = tmp_path / "killed"
-    options = [*TINY, *QUICK, "--meta-steps=3000"]
-    for number in range(3):
-        done = line_count(path)
-        process = start_with(path, *(["--resume"] if number else options), "--processes=2")
-        wait_for_lines(path, process, done + 3)
-        children = children_of(process.pid)
-        assert listening(children) <= LOOPBACK
+def test_a_launcher_killed_at_any_moment_leaves_no_process_behind(tmp_path):
+    """Its processes listen to this machine alone and end; the run is that of no kill, bit by bit.
+
+    MEMMETA_KILLS says how many times it is killed.
+    """
+    kills, rng = int(os.environ.get("MEMMETA_KILLS", "3")), random.Random(0)
+    options = [*TINY, "--method=memory_reduced", "--head-start=random", "--inner-steps=2"]
+    options += ["--cg-steps=2", "--processes=2", f"--meta-steps={20 * kills}"]
+    whole, path = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    process = start_with(whole, *options)
+    wait_for_lines(whole, process, 1)
+    until_first_line = time.monotonic() - began
+    ended(process)
+    for number in range(kills):
+        resumed = (path / "config.json").exists()
+        process = start_with(path, *(["--resume", "--processes=2"] if resumed else options))
+        if number % 2:  # wherever it is by then: imports, reading, compiling
+            time.sleep(rng.random() * until_first_line)
+        else:  # while it makes steps, judges or saves
+            wait_for_lines(path, process, line_count(path) + rng.randrange(1, 4))
+            assert listening(still_there(path)) <= LOOPBACK
+            time.sleep(rng.random() * 0.3)
+        assert process.poll() is None
         process.kill()
         process.communicate()
         deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{child}").exists() for child in children):
-            assert time.monotonic() < deadline
+        while left := still_there(path):
+            assert time.monotonic() < deadline, f"left behind by kill {number}: {left}"
             time.sleep(0.05)
-        assert checkpoints.whole(path / "checkpoints")[0] == lines(path)["step"].max()
-    found = lines(path)["step"].tolist()
-    assert found == list(range(1, len(found) + 1))
+    ended(start_with(path, "--resume", "--processes=2"))
+    assert_same_run(whole, path)
 
 
 def children_of(pid):

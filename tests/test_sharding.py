@@ -142,6 +142,28 @@ def test_every_method_on_four_devices_is_that_on_one_with_one_message(name):
     assert_close(alone_metrics.tasks.loss, metrics.tasks.loss, 1e-4)
 
 
+@pytest.mark.parametrize("name", some_are_slow(["protonet", "memory_reduced"]))
+def test_support_and_query_apart_on_two_devices_in_chunks_with_padding(name):
+    """Each pass has the statistics of its own images: the padding of neither part counts."""
+    network = mm.models.conv4(2, width=2, depth=1, image_shape=(4, 4, 1))
+    labels = jnp.tile(jnp.array([0, 1, 0, 1, -1], jnp.int32), (4, 1)).at[1, 3].set(-1)
+    pixels = jax.random.uniform(jax.random.key(0), (2, 4, 5, 4, 4, 1))
+    both = jnp.stack([labels, labels.at[2, 0].set(-1)])
+    padded = jnp.where(both[..., None, None, None] < 0, 7.0, pixels)
+    options = {"inner": mm.InnerLoop(steps=3)} if name == "memory_reduced" else {}
+
+    def after(images, **how):
+        learner = METHODS[name](network, statistics="separate", **options)
+        step = learner.make_meta_step(optax.sgd(0.1), **how)
+        state = step.init(learner.init(jax.random.key(1)))
+        tasks = mm.Task(images[0], both[0], images[1], both[1])
+        state, metrics = step(state, spread_over(step.mesh, tasks))
+        return state.meta_params, metrics.tasks.loss
+
+    spread = after(padded, task_chunk=1, mesh=mesh_of(2))
+    assert_close(after(pixels, task_chunk=4), spread, 1e-4)
+
+
 def test_a_step_on_a_mesh_compiles_once_and_keeps_its_layout():
     adam = optax.adam(0.1)
     once = adam._replace(update=chex.assert_max_traces(adam.update, n=1))

@@ -84,7 +84,7 @@ NOTHING = {
 def test_bad_tasks_are_refused_or_counted(name):
     """For each method; the good task beside a bad one gives what it gives alone."""
     learner = METHODS[name](mm.models.mlp(WAYS, (8,), INPUT))
-    step = learner.make_meta_step(optax.adam(1e-2))
+    step = learner.make_meta_step(optax.adam(1e-2), report="full")
     theta = learner.init(jax.random.key(1))
     for kind, tasks in REFUSED.items():
         with pytest.raises(ValueError, match=NAMED):

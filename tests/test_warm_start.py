@@ -38,6 +38,7 @@ def make_step(inner_steps, cg_steps, **options):
         mm.InnerLoop(mm.inner.gradient_descent(), inner_steps),
         implicit(cg(cg_steps)),
         optax.sgd(0.05),
+        report="full",
         **options,
     )
 
@@ -123,6 +124,7 @@ def test_accuracy_on_demand_meets_the_tolerance(x64):
                 mm.InnerLoop(mm.inner.gradient_descent(), 1000),
                 implicit(cg(3), tolerance=tolerance),
                 optax.sgd(0.1),
+                report="full",
             )
             found, metrics = step.gradient(step.init(theta), jax.tree.map(one, task))
             return found, metrics.report.error_bound, metrics.report.linear_iterations
@@ -149,6 +151,7 @@ def test_a_tightening_tolerance_converges(x64):
         mm.InnerLoop(mm.inner.gradient_descent(), 500),
         scheduled(lambda t: implicit(cg(4), tolerance=jnp.power(0.9, t.astype(float)))),
         optax.sgd(0.05),
+        report="full",
     )
     found, bounds = run(step, tasks, theta, count=300)
     assert jnp.linalg.norm(quadratic_hypergradient(found, tasks)) < 1e-9
@@ -162,6 +165,7 @@ def test_without_constants_the_estimate_stops_the_loop(x64):
         mm.InnerLoop(mm.inner.gradient_descent(), 300),
         implicit(cg(4), tolerance=1e-4),
         optax.sgd(0.05),
+        report="full",
     )
     found, metrics = step.gradient(step.init(jnp.ones(4)), tasks)
     exact = quadratic_hypergradient(jnp.ones(4), tasks)

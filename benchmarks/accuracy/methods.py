@@ -11,8 +11,9 @@ one core (`taskset -c 0`) or in one thread (XLA_FLAGS=--xla_cpu_multi_thread_eig
 the processor's own seconds, whatever else it does.
 
 Accuracy: mean ± 1.96 s / √n over the same 600 tasks for every method, then the range over seeds. At
-test, batch norm takes its statistics from support and query ("transductive") or from the support
-alone ("support"), and the inner loop makes T steps as in training or 2 T.
+test, batch norm takes its statistics as in training (from support and query together, with the
+preset of the authors from each apart) or from the support alone, and the inner loop makes T steps
+as in training or 2 T.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def run(job: Job, seeds: list[int], data_dir: str | None, path: Path) -> None:
 
 def line(record: Record) -> str:
     """One result as it comes."""
-    figures = record["figures"]["transductive"].items()
+    figures = table.figures_of(record)["as trained"].items()
     found = [f"{f['mean']:.4f} ± {f['half_width']:.4f} ({n} steps)" for n, f in figures]
     who = f"{table.setting_of(record)}, {record['method']}, seed {record['seed']}"
     return f"{who}: {', '.join(found)}"

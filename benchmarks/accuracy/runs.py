@@ -21,10 +21,10 @@ from benchmarks.accuracy.settings import Preset, Setting, Sizes, Split, make_lea
 from benchmarks.harness.programs import compiled, temporary_megabytes
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import Learner
-from memmeta.meta import Counts, confidence_interval
+from memmeta.meta import confidence_interval
+from memmeta.meta._metrics import KINDS
 from memmeta.problem import MetaParams, Task
 
-STATISTICS: tuple[Statistics, ...] = ("transductive", "support")
 BASELINE = "gaussian_process"
 MEASURED = 1.0  # seconds of meta-steps from which their number is worked out
 CHUNK = 20  # test tasks worked on at once
@@ -101,10 +101,10 @@ def train_program(job: Job, learner: Learner, dataset: Split) -> tuple[Any, Call
             state = state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
             tasks = sample(dataset, jax.random.fold_in(state.key, state.step), job.sizes.tasks)
             state, metrics = step.update(state, tasks)
-            found = {"loss": metrics.loss, **metrics.counts._asdict()}
+            found = {"loss": metrics.loss, **metrics.counts.as_dict()}
             return state, jax.tree.map(lambda s, f: s + f.astype(s.dtype), sums, found)
 
-        counts = dict.fromkeys(Counts._fields, jnp.int32(0))
+        counts = dict.fromkeys(KINDS, jnp.int32(0))
         return jax.lax.fori_loop(0, count, body, (state, {"loss": jnp.float32(0), **counts}))
 
     shape = jax.eval_shape(start, jax.random.key(0))
@@ -171,9 +171,10 @@ def evaluation_program(job: Job, dataset: Split) -> Callable[[MetaParams, Split]
     One program: the inner loop goes on from T to 2 T steps.
     """
     recipe = recipe_of(job.preset, job.setting, job.method)
+    kinds: tuple[Statistics, ...] = (recipe.statistics,)
     learners = {
         kind: make_learner(job.setting, job.sizes, dataset, job.method, recipe, kind)
-        for kind in (STATISTICS[:1] if job.setting.curves else STATISTICS)
+        for kind in (kinds if job.setting.curves else (*kinds, "support"))
     }
     first = next(iter(learners.values()))
     inner = recipe.test or first.inner
@@ -251,4 +252,4 @@ def baseline(job: Job, seed: int, dataset: Split) -> Record:
     tasks = jax.jit(sample, static_argnums=(2,))(dataset, jax.random.key(0), job.sizes.episodes)
     errors = jax.jit(partial(jax.lax.map, regression.gaussian_process, batch_size=CHUNK))(tasks)
     found = confidence_interval(np.asarray(errors))._asdict()
-    return job.identity(seed) | {"figures": {STATISTICS[0]: {"0": found}}}
+    return job.identity(seed) | {"figures": {"transductive": {"0": found}}}

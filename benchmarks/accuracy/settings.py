@@ -2,8 +2,8 @@ r"""What `benchmarks.accuracy.methods` runs: settings, their sizes, and each met
 
 "tuned": ours: the library's defaults, and for regression inner loops and ridges of their own, set
 by hand and not searched for. "authors": as the authors of "Memory-Reduced Meta-Learning with
-Guaranteed Convergence" (AAAI 2025) ran their method and, as far as is known here, their baselines;
-the baselines' rate of Adam is taken to be that of the method. "same_inner": ANIL and ITD-BiO with
+Guaranteed Convergence" (AAAI 2025) ran their method and their baselines, by the numbers of
+`benchmarks.reproduce`, at the sizes of the setting here. "same_inner": ANIL and ITD-BiO with
 the steps and the ridge of memory_reduced, so that the estimator alone is compared.
 """
 
@@ -15,6 +15,7 @@ import optax
 
 import memmeta as mm
 from benchmarks.accuracy import regression
+from benchmarks.reproduce import _paper as paper
 from memmeta.data import Dataset
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import METHODS, Learner
@@ -72,13 +73,12 @@ SETTINGS: dict[Setting, Sizes] = {
 }
 """Those that run without further data."""
 
-OTHERS = Sizes(width=64, tasks=32, chunk=4, queries=5, test_queries=15, seconds=3600)
-IMAGENETS = ("mini_imagenet", "tiered_imagenet")
+OTHERS = Sizes(tasks=paper.TASKS, chunk=4, queries=5, test_queries=15, seconds=3600)
 
 
 def sizes_of(setting: Setting) -> Sizes:
     """The sizes of a setting; those of data sets that are not embedded are the authors'."""
-    width = 32 if setting.data in IMAGENETS else OTHERS.width
+    width = paper.setting_of(setting.data).width
     return SETTINGS.get(setting, OTHERS._replace(width=width))
 
 
@@ -91,6 +91,8 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)  # others of the method
     cosine: bool = True  # whether the rate falls to zero along a cosine
     test: mm.InnerLoop | None = None  # at test; None: as in training
+    statistics: Statistics = "transductive"  # of batch norm, in training
+    released: paper.Setting | None = None  # whose network and fixed head to take; None: ours
 
 
 STEPS = mm.InnerLoop(optax.sgd(0.05), steps=5)
@@ -110,33 +112,29 @@ def tuned(setting: Setting, method: str) -> Recipe:
 
 
 def authors(setting: Setting, method: str) -> Recipe:
-    """As the paper's authors ran it on CIFAR-FS and FC100, or on mini- and tieredImageNet.
+    """As the paper's authors ran it on that data set, or on CIFAR-FS where they did not use it.
 
-    Baselines recompute the features in each inner step. Data sets that they did not use have the
-    recipe of CIFAR-FS. ANIL's 5 steps, instead of 10, are taken to be those of the ImageNets.
+    Baselines recompute the features in each inner step; memory_reduced is tested as they did.
 
     Raises:
         ValueError: they did not run the method, or not on such tasks.
     """
-    larger = setting.data in IMAGENETS
-    inner_rate, rate = (0.05, 1e-3) if larger else (0.1, 1e-4)
-    recomputed, as_released = {"recompute_features": True}, {"ridge": 0.0, "cg_steps": 20}
-
-    def recipe(inner_rate: float, steps: int, options: Any = None, test: Any = None) -> Recipe:
-        return Recipe(rate, mm.InnerLoop(optax.sgd(inner_rate), steps), options or {}, False, test)
-
-    recipes: dict[str, Recipe] = {
-        "memory_reduced": recipe(inner_rate, 20, as_released, mm.InnerLoop(optax.sgd(0.05), 20)),
-        "maml": recipe(0.5, 3),
-        "anil": recipe(0.1, 5 if larger else 10, recomputed),
-        "itd_bio": recipe(0.1, 20, recomputed),
-    }
-    if method not in recipes or setting.curves:
+    if method not in paper.METHODS or setting.curves:
         raise ValueError(
-            f"preset: the authors ran {', '.join(recipes)} on classes, found {method} on "
+            f"preset: the authors ran {', '.join(paper.METHODS)} on classes, found {method} on "
             f"{setting.data}; use the preset 'tuned'."
         )
-    return recipes[method]
+    known = paper.setting_of(setting.data)
+    options = paper.options(known, method, cached=False)
+    return Recipe(
+        known.outer_rate,
+        options.pop("inner"),
+        statistics=options.pop("statistics"),
+        options=options,
+        cosine=False,
+        test=paper.TEST_HEAD if method == "memory_reduced" else None,
+        released=known,
+    )
 
 
 def same_inner(setting: Setting, method: str) -> Recipe:
@@ -161,9 +159,10 @@ def recipe_of(preset: Preset, setting: Setting, method: str) -> Recipe:
 
 def methods_of(setting: Setting, preset: Preset = "tuned") -> list[str]:
     """The methods that make sense."""
-    if preset != "tuned":
-        baselines: list[str] = ["anil", "itd_bio"]
-        return ["memory_reduced", "maml", *baselines] if preset == "authors" else baselines
+    if preset == "authors":
+        return list(paper.METHODS)
+    if preset == "same_inner":
+        return ["anil", "itd_bio"]
     return [name for name in METHODS if not (setting.curves and name in regression.WITHOUT)]
 
 
@@ -173,18 +172,21 @@ def make_learner(
     dataset: Split,
     method: str,
     recipe: Recipe,
-    statistics: Statistics = "transductive",
+    statistics: Statistics | None = None,
 ) -> Learner:
-    """The method on a network that fits the data, with batch statistics at test of one kind."""
+    """The method on a network that fits the data; None: batch statistics as in training."""
     options = dict(recipe.options) | ({} if recipe.inner is None else {"inner": recipe.inner})
     if not isinstance(dataset, Dataset):
         widths = (sizes.width, sizes.width)
         return regression.learner(method, mlp(1, widths, dataset.example_shape), **options)
+    options["statistics"] = statistics or recipe.statistics
     height, width, channels = dataset.example_shape
-    network = conv4(
-        setting.ways,
-        width=sizes.width,
-        image_shape=(height, width, channels),
-        head_scale=1.0,  # read only by methods that learn the head's start
-    )
-    return METHODS[method](network, statistics=statistics, **options)
+    shape = (height, width, channels)
+    if recipe.released is None:
+        # the head's scale is read only by methods that learn its start
+        network = conv4(setting.ways, width=sizes.width, image_shape=shape, head_scale=1.0)
+        return METHODS[method](network, **options)
+    network = paper.network(recipe.released._replace(width=sizes.width), setting.ways, shape)
+    if method in paper.FIXED_HEADS:
+        options["start"] = paper.fixed_head(network, seed=0)  # one head, whatever the run's seed
+    return METHODS[method](network, **options)

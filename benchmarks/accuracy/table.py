@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.accuracy.published import PUBLISHED, sources
-from benchmarks.accuracy.runs import BASELINE, STATISTICS, Record
+from benchmarks.accuracy.runs import BASELINE, Record
 from benchmarks.accuracy.settings import Setting
 from benchmarks.harness import pictures
 
 KINDS = {"tuned": "", "authors": ", as the authors ran it", "same_inner": ", same inner loop"}
 DIGITS = {100.0: 1, 1.0: 3}  # of an accuracy in %, and of an error
+STATISTICS = ("as trained", "support")  # of batch norm at test
 IDENTITY = ("data", "ways", "shots", "method", "preset", "split", "seed", "sizes")
 
 
@@ -76,8 +77,14 @@ def best(group: Sequence[Record]) -> float:
 
 
 def _first(record: Record) -> dict[str, float]:
-    by_steps = record["figures"][STATISTICS[0]]
+    by_steps = figures_of(record)[STATISTICS[0]]
     return next(iter(by_steps.values()))
+
+
+def figures_of(record: Record) -> dict[str, dict[str, dict[str, float]]]:
+    """A result's figures, by `STATISTICS`: training is by other statistics than the support's."""
+    figures = record["figures"].items()
+    return {STATISTICS[kind == "support"]: found for kind, found in figures}
 
 
 def summary(figures: Sequence[dict[str, float]], scale: float) -> str:
@@ -143,14 +150,14 @@ def _row(group: Sequence[Record], kinds: Sequence[str]) -> list[str]:
     cells = [first["method"] + KINDS[first["preset"]]]
     scale = 1.0 if setting_of(first).curves else 100.0
     for kind in kinds:
-        by_steps = [list(record["figures"][kind].values()) for record in group]
+        by_steps = [list(figures_of(record)[kind].values()) for record in group]
         for stage in range(2):
             one_more = len(by_steps[0]) > stage
             cells.append(summary([f[stage] for f in by_steps], scale) if one_more else "–")
     if first["method"] == BASELINE:
         return [*cells, *["–"] * 5]
     seconds = f"{np.mean([record['seconds'] for record in group]):.1f}"
-    cells += [next(iter(first["figures"][kinds[0]])), str(first["meta_steps"]), seconds]
+    cells += [next(iter(figures_of(first)[kinds[0]])), str(first["meta_steps"]), seconds]
     return [*cells, f"{first['temporary_megabytes']:.1f}", seeds(group, scale)]
 
 
@@ -184,8 +191,8 @@ def _points(panel: Any, height: int, kind: str, colour: str, group: Sequence[Rec
     curves = setting_of(group[0]).curves
     scale = 1.0 if curves else 100.0
     for seed, record in enumerate(group):
-        if kind in record["figures"]:
-            found = next(iter(record["figures"][kind].values()))
+        if kind in (figures := figures_of(record)):
+            found = next(iter(figures[kind].values()))
             panel.errorbar(
                 scale * found["mean"],
                 height + 0.12 * (seed - (len(group) - 1) / 2),

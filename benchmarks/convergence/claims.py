@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from benchmarks.convergence import costs, rates
+from benchmarks.convergence import costs, coverage, rates
 from benchmarks.convergence.experiment import Experiment, Footprint
 from benchmarks.convergence.fits import table
 from benchmarks.harness import pictures
@@ -32,6 +32,7 @@ EXPERIMENTS: dict[str, Callable[[Array, bool], Experiment]] = {
     "complexity": costs.complexity,
     "memory": costs.memory,
     "softmax": rates.softmax_heads,
+    "certificates": coverage.certificates,
     "on_demand": rates.on_demand,
 }
 """All of them, in the order of the table."""

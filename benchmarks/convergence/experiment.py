@@ -68,7 +68,7 @@ def meta_step(
     solver = mm.inner.accelerated() if fast else mm.inner.gradient_descent()
     outer = optax.sgd(rate)
     outer = optax.chain(optax.add_decayed_weights(decay), outer) if decay else outer
-    step = mm.make_meta_step(problem, mm.InnerLoop(solver, inner), estimator, outer)
+    step = mm.make_meta_step(problem, mm.InnerLoop(solver, inner), estimator, outer, report="full")
     return WarmStart(step, warm) if warm else step
 
 

@@ -113,7 +113,7 @@ def step_of_batch(family: Family, size: int) -> mm.MetaStep:
     """The paper's method at a fifth of the outer rate 1/L_F."""
     inner, outer = mm.InnerLoop(mm.inner.accelerated(), 15), optax.sgd(0.2 / family.smoothness)
     parts = (family.problem(), inner, implicit(cg(8)), outer)
-    return mm.make_meta_step(*parts, task_chunk=min(size, 16))
+    return mm.make_meta_step(*parts, task_chunk=min(size, 16), report="full")
 
 
 def drawn_anew(
@@ -178,7 +178,8 @@ def softmax_heads(keys: Array, quick: bool) -> Experiment:
 def softmax_errors(key: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
     """True errors in θ of single tasks, and ‖X‖ times the bounds in feature space."""
     heads, inner = Heads(), mm.InnerLoop(steps=30)
-    step = mm.make_meta_step(heads.problem(), inner, implicit(cg(5)), optax.identity())
+    parts = (heads.problem(), inner, implicit(cg(5)), optax.identity())
+    step = mm.make_meta_step(*parts, report="full")
 
     def one(key: Array) -> tuple[Array, Array]:
         drawn, theta = heads.sample(key, 1), heads.start(key)

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> bool:
     options = parser.parse_args(arguments)
     config = replace(SMALL, checkpoint_every=options.checkpoint_every)
     trainer = make_trainer(config)
-    block, watch = trainer.compile(), Watch(60 * options.minutes, config.checkpoint_every)
+    block, watch = trainer.compile(), Watch(60 * options.minutes, config.saved_every)
     with new_run(options.out / "run", config) as folder, contextlib.suppress(TimeIsOver):
         train(trainer, block, folder, resume=False, show=watch)
     samples = watch.samples

@@ -94,7 +94,7 @@ def exact_hypergradient(example: Example, steps: int = 20_000) -> tuple[Any, flo
 
         def call(theta: Any, tasks: Task) -> tuple[Any, Array]:
             found = estimator(example.problem, inner, theta, mm.hypergradient.Chunk.of(tasks))
-            return found.gradient, jnp.max(found.report.inner_gradient_norm)
+            return found.gradient, jnp.max(jnp.asarray(found.report.inner_gradient_norm))
 
         gradient, left = jax.jit(call)(*wide)
     return gradient, float(left)

@@ -6,7 +6,7 @@ iterations belong to which data set is not printed beside the table: taken to be
 """
 
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ TEST_HEAD = mm.InnerLoop(optax.sgd(0.05), steps=20)
 
 Method: TypeAlias = Literal["memory_reduced", "itd_bio", "anil", "maml"]
 METHODS: tuple[Method, ...] = ("memory_reduced", "itd_bio", "anil", "maml")
+FIXED_HEADS = ("memory_reduced", "itd_bio")
+"""The methods whose head is not learned, and starts from one random head."""
 
 
 class Setting(NamedTuple):
@@ -72,12 +74,19 @@ STAND_INS = (
 """Embedded data drawn at the sizes of CIFAR-FS and of miniImageNet."""
 
 
-def network(setting: Setting) -> Network:
-    """Four blocks with learn2learn's initialisation."""
+def setting_of(data: str) -> Setting:
+    """The setting of a data set; those that the authors did not use have that of CIFAR-FS."""
+    return next((setting for setting in SETTINGS if setting.data == data), SETTINGS[0])
+
+
+def network(
+    setting: Setting, ways: int = WAYS, image_shape: tuple[int, int, int] | None = None
+) -> Network:
+    """Four blocks with learn2learn's initialisation, for images of the setting or another shape."""
     made = mm.models.conv4(
-        WAYS,
+        ways,
         width=setting.width,
-        image_shape=(setting.side, setting.side, 3),
+        image_shape=image_shape or (setting.side, setting.side, 3),
         head_scale=1.0,
         initialisation="xavier_uniform",
     )
@@ -89,10 +98,23 @@ def network(setting: Setting) -> Network:
     return replace(made, body=unscaled)
 
 
-def fixed_head(setting: Setting, seed: int) -> PyTree:
+def fixed_head(model: Network, seed: int) -> PyTree:
     """The head that every task of Algorithm 1 and of ITD-BiO starts from."""
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    return jax.jit(network(setting).init)(key)["head"]
+    return jax.jit(model.init)(key)["head"]
+
+
+def options(setting: Setting, method: Method, *, cached: bool) -> dict[str, Any]:
+    """What a method is called with, but for the fixed head; see `learner`."""
+    sgd = lambda rate, steps: mm.InnerLoop(optax.sgd(rate), steps=steps)  # noqa: E731
+    recomputed = {"recompute_features": not cached}
+    of_methods: dict[Method, dict[str, Any]] = {
+        "memory_reduced": {"inner": sgd(setting.inner_rate, 20), "ridge": 0.0, "cg_steps": 20},
+        "itd_bio": {"inner": sgd(0.1, 20), **recomputed},
+        "anil": {"inner": sgd(0.1, setting.anil_steps), **recomputed},
+        "maml": {"inner": sgd(0.5, 3)},
+    }
+    return {**of_methods[method], "statistics": "separate"}
 
 
 def learner(setting: Setting, method: Method, seed: int, *, cached: bool) -> Learner:
@@ -106,15 +128,8 @@ def learner(setting: Setting, method: Method, seed: int, *, cached: bool) -> Lea
             step: the same numbers but for rounding. Algorithm 1 needs no derivative of those steps,
             and makes them once.
     """
-    model, methods = network(setting), mm.algorithms
-    start = {"start": fixed_head(setting, seed), "statistics": "separate"}
-    sgd = lambda rate, steps: mm.InnerLoop(optax.sgd(rate), steps=steps)  # noqa: E731
-    if method == "memory_reduced":
-        inner = sgd(setting.inner_rate, 20)
-        return methods.memory_reduced(model, inner=inner, ridge=0.0, cg_steps=20, **start)
-    if method == "itd_bio":
-        return methods.itd_bio(model, inner=sgd(0.1, 20), recompute_features=not cached, **start)
-    if method == "anil":
-        options = {"inner": sgd(0.1, setting.anil_steps), "recompute_features": not cached}
-        return methods.anil(model, statistics="separate", **options)
-    return methods.maml(model, inner=sgd(0.5, 3), statistics="separate")
+    model = network(setting)
+    given = options(setting, method, cached=cached)
+    if method in FIXED_HEADS:
+        given["start"] = fixed_head(model, seed)
+    return mm.algorithms.METHODS[method](model, **given)

@@ -89,7 +89,7 @@ def run(plan: Plan, folder: Path) -> dict[str, Any]:
     theta = trained(plan, program, state, train, folder)
     test, head = read(plan.setting, "test", plan.data_dir), theta.get("head")
     model = network(plan.setting)
-    start = fixed_head(plan.setting, plan.seed) if head is None else head
+    start = fixed_head(model, plan.seed) if head is None else head
     frozen = head_problem(model, 0.0, False, "separate", start)
     body = {"body": theta["body"]}
     rounds = TEST_ROUNDS * plan.tasks

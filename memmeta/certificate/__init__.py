@@ -1,6 +1,8 @@
 """How wrong an implicit hypergradient can be: rigorous bounds, and estimates."""
 
-from memmeta.certificate._bound import Constants, certify, deviations_from
+from memmeta.certificate._bound import Constants, deviations_from
+from memmeta.certificate._certify import certify
 from memmeta.certificate._estimate import estimate
+from memmeta.certificate._in_theta import error_in_theta
 
-__all__ = ["Constants", "certify", "deviations_from", "estimate"]
+__all__ = ["Constants", "certify", "deviations_from", "error_in_theta", "estimate"]

@@ -137,60 +137,6 @@ def bound(deviations: Deviations, distance: Scalar, residual: Scalar) -> Certifi
     return Certificate(_inf_for_nan(inner), _inf_for_nan(linear), distance, jnp.bool_(True))
 
 
-def certify(problem: Problem, params: Params, solution: Params, context: Context) -> Certificate:
-    """The rigorous bound of one task.
-
-    Args:
-        problem: with `structure.deviations` and `strong_convexity`.
-        params: φ̂.
-        solution: v̂, like `params`.
-        context: of the task.
-
-    Returns:
-        `total`, the bound on ‖∇̂F_i − ∇F_i‖ in context space (in θ where `Deviations.embedding` says
-        so); its two parts `inner`, of the inner loop that stopped early, and `linear`, of the
-        linear solve; `distance`, the bound on ‖φ̂ − φ*‖; `rigorous`, True.
-
-    Raises:
-        ValueError: the problem gives no μ or no deviations.
-
-    Example:
-        >>> from memmeta.problem import Structure
-        >>> problem = Problem(
-        ...     embed=lambda theta, batch: theta,
-        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c) ** 2),
-        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum(phi**2), {}),
-        ...     init=jnp.zeros_like,
-        ...     strong_convexity=lambda c: jnp.float32(1.0),
-        ...     structure=Structure(deviations=deviations_from(lambda phi, radius, c: Constants(
-        ...         *map(jnp.float32, (0.0, 1.0, 0.0, 0.0, 1.0, 1.0))
-        ...     ))),
-        ... )
-        >>> float(certify(problem, jnp.ones(1), jnp.zeros(1), jnp.zeros(1)).total)
-        2.0
-    """
-    return certify_measured(problem, params, measure(problem, params, solution, context), context)
-
-
-def certify_measured(
-    problem: Problem, params: Params, measured: Measured, context: Context
-) -> Certificate:
-    """`certify` where φ̂ and v̂ are already measured, as inside an estimator."""
-    deviations, strong_convexity = problem.structure.deviations, problem.strong_convexity
-    if deviations is None or strong_convexity is None:
-        raise ValueError(
-            "problem: a rigorous bound needs strong_convexity and structure.deviations; found "
-            "None. Give them to Problem(...) (a ridge or a proximal term gives μ, "
-            "certificate.deviations_from makes deviations of Lipschitz constants), or use "
-            "certificate.estimate."
-        )
-    mu = strong_convexity(context).astype(measured.gradient.dtype)
-    radius = distance_bound(measured.gradient, mu)
-    near = jnp.where(jnp.isfinite(radius), radius, 0)
-    found = deviations(problem, params, measured.solution, near, context)
-    return bound(found, radius, measured.residual)
-
-
 def measure(problem: Problem, params: Params, solution: Params, context: Context) -> Measured:
     """‖∇_φ g‖, ‖r‖ and ‖v̂‖ at φ̂ and v̂; arguments as for `certify`."""
     gradient, product = hessian_product(problem, params, context)

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from memmeta import _trees as trees
 from memmeta.problem import Scalar
 
 Loss: TypeAlias = Callable[[Array, Array], Float[Array, " n"]]
-"""(outputs [n, ways], targets [n, ...]) -> the loss of each example, of the user's own."""
+"""(outputs [n, ways], targets [n, ...]) -> the loss of each example, of the user's own. The outputs
+are what the network's head gives: with a loss of one's own any pytree."""
 Losses: TypeAlias = Callable[[Array, Array, Array], Float[Array, " n"]]
 """(outputs, targets, which outputs stand for a class of the task) -> the loss of each example."""
 
@@ -65,6 +66,17 @@ def as_values(
     return targets.astype(dtype)
 
 
+def ways_of(outputs: PyTree) -> int:
+    """How many outputs there are of an example; 0 where they are no matrix.
+
+    Example:
+        >>> ways_of(jnp.zeros((7, 3))), ways_of({"mean": jnp.zeros(7)})
+        (3, 0)
+    """
+    is_matrix = isinstance(outputs, jax.Array) and outputs.ndim == 2
+    return outputs.shape[1] if is_matrix else 0
+
+
 def classes_of(targets: Shaped[Array, "n ..."], ways: int) -> Bool[Array, " ways"]:
     """Which outputs stand for a class of the task; all of them where targets are no classes.
 
@@ -113,36 +125,34 @@ def of_examples(loss: Loss | None) -> Losses:
     return lambda outputs, targets, classes: loss(outputs, targets)
 
 
-def support_mean(
-    losses: Losses, outputs: Float[Array, "n ways"], targets: Shaped[Array, "n ..."]
-) -> Scalar:
+def support_mean(losses: Losses, outputs: PyTree, targets: Shaped[Array, "n ..."]) -> Scalar:
     """The mean loss of the support examples; padding does not count.
 
     Example:
         >>> round(float(support_mean(by_targets, jnp.zeros((3, 2)), jnp.array([0, 1, -1]))), 4)
         0.6931
     """
-    values = losses(outputs, targets, classes_of(targets, outputs.shape[-1]))
+    values = losses(outputs, targets, classes_of(targets, ways_of(outputs)))
     return weighted_mean(values, present(targets))
 
 
 def query_mean(
     losses: Losses,
-    outputs: Float[Array, "n ways"],
+    outputs: PyTree,
     targets: Shaped[Array, "n ..."],
     support_targets: Shaped[Array, "m ..."],
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """The mean loss, and {"accuracy": ...} where targets are classes; padding does not count.
+    """The mean loss, and {"accuracy": ...} where there are classes; padding does not count.
 
     Both are not-a-number for a task that has no example to adapt on or to evaluate on, or a label
     that no output stands for: its meta-step leaves it out and counts it.
     """
-    ways = outputs.shape[-1]
+    ways = ways_of(outputs)
     classes = classes_of(support_targets, ways)
     loss = weighted_mean(losses(outputs, targets, classes), present(targets))
     sound = _readable(support_targets, ways) & _readable(targets, ways)
     loss = jnp.where(sound & jnp.isfinite(loss), loss, jnp.nan)
-    if not are_classes(targets):
+    if not are_classes(targets) or not ways:
         return loss, {}
     chosen = jnp.argmax(jnp.where(classes, outputs, -jnp.inf), axis=-1)
     right = chosen.astype(targets.dtype) == targets
@@ -153,6 +163,6 @@ def query_mean(
 def _readable(targets: Shaped[Array, "n ..."], ways: int) -> Bool[Array, ""]:
     """Whether there is an example, and every label is one of the outputs' or padding."""
     some = jnp.any(present(targets) > 0)
-    if not are_classes(targets):
+    if not are_classes(targets) or not ways:
         return some
     return some & jnp.all((targets >= -1) & (targets < ways))

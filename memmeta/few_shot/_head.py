@@ -3,7 +3,7 @@
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from memmeta import _trees as trees
 from memmeta.few_shot._examples import present
@@ -16,7 +16,8 @@ class HeadContext(NamedTuple):
     """What the losses of a linear head need of one task.
 
     Attributes:
-        support_features: [support, features], floating point.
+        support_features: [support, features], floating point; for another than a linear head any
+            pytree of arrays [support, ...].
         support_targets: [support] class indices (int32; -1 is padding and has no weight), or
             [support, ways] values (squared loss).
         query_features: [query, features].
@@ -24,9 +25,9 @@ class HeadContext(NamedTuple):
         support_weights: [support] weight of each support example; None means all 1.
     """
 
-    support_features: Float[Array, "support features"]
+    support_features: PyTree[Float[Array, "support ..."]]
     support_targets: Shaped[Array, "*support_targets"]
-    query_features: Float[Array, "query features"]
+    query_features: PyTree[Float[Array, "query ..."]]
     query_targets: Shaped[Array, "*query_targets"]
     support_weights: Float[Array, " support"] | None = None
 

@@ -20,6 +20,7 @@ from memmeta.few_shot._examples import (
 )
 from memmeta.few_shot._head import HeadContext, HeadParams, augmented
 from memmeta.few_shot._head_constants import SOFTMAX, SQUARED, Caps, head_deviations
+from memmeta.linear_solve import cg
 from memmeta.problem import (
     Batch,
     LinearHead,
@@ -29,6 +30,9 @@ from memmeta.problem import (
     Scalar,
     Structure,
 )
+
+REFINING_STEPS = 50
+"""Of conjugate gradients, for the better answer that a head's error bound is taken by way of."""
 
 
 class HeadLoss(NamedTuple):
@@ -105,7 +109,9 @@ def linear_head_problem(
     def deviations(problem: Problem, *rest: Any) -> Any:
         return head_deviations(loss_of(rest[-1]).caps, problem, *rest)
 
-    structure = Structure(head, deviations)
+    # without a ridge there is no bound to sharpen
+    solver = cg(REFINING_STEPS) if ridge > 0 else None
+    structure = Structure(head, deviations, solver)
     return Problem(embed, inner_loss, outer_loss, init, smoothness, strong_convexity, structure)
 
 

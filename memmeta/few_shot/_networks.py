@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from memmeta import _checks
 from memmeta import _trees as trees
@@ -19,6 +19,7 @@ from memmeta.few_shot._head import HeadContext
 from memmeta.few_shot._losses import linear_head_problem
 from memmeta.few_shot._tasks import check_tasks
 from memmeta.models import Network, linear_head
+from memmeta.models._network import Features
 from memmeta.problem import Composite, MetaParams, Params, Problem, Scalar, Structure, Task
 
 Statistics: TypeAlias = Literal["transductive", "support", "separate"]
@@ -28,8 +29,14 @@ images for query, in two passes, as in the code that the paper's authors release
 both together, in one pass, where features are computed once; where the body adapts, as
 "separate"."""
 
-Adapts: TypeAlias = Literal["head", "body", "all"] | Callable[[str], bool]
-"""A part of the network, or a predicate on paths of parameters such as "body/Conv_0/kernel"."""
+Adapts: TypeAlias = (
+    Literal["head", "body", "all"] | Callable[[str], bool] | Callable[[str], str] | PyTree[str]
+)
+"""A part of the network; a function of paths of parameters such as "body/Conv_0/kernel"; or a tree
+of labels, as in `optax.multi_transform`, like what the network's `init` gives or like its upper
+part, a label then standing for all below it. The function gives a bool or a label. Labels are
+"adapts" (φ) and "shared" (θ alone, the same for all tasks)."""
+LABELS = ("adapts", "shared")
 
 
 class NetworkContext(NamedTuple):
@@ -48,19 +55,32 @@ class NetworkContext(NamedTuple):
     rates: PyTree | None = None
 
 
+def key_of(task: Task, part: Literal["support", "query"]) -> Key[Array, ""] | None:
+    """What a pass over a part of the task draws its noise of, the same in every inner step.
+
+    A new one in each step would make g another function at each: no rule for its minimiser, and no
+    step size, holds for that.
+    """
+    key = task.extras.get("key") if isinstance(task.extras, dict) else None
+    return None if key is None else jax.random.fold_in(key, ("support", "query").index(part))
+
+
 def features_of(
     network: Network, body: Params, task: Task, statistics: Statistics
-) -> tuple[Float[Array, "support features"], Float[Array, "query features"]]:
+) -> tuple[Features, Features]:
     """The features of a task's support and query examples."""
     inputs = (task.support_inputs, task.query_inputs)
     weights = (present(task.support_targets), present(task.query_targets))
+    keys = (key_of(task, "support"), key_of(task, "query"))
     if statistics == "separate":
-        return network.body(body, inputs[0], weights[0]), network.body(body, inputs[1], weights[1])
+        support, query = zip(inputs, weights, keys, strict=True)
+        return network.noisy_body(body, *support), network.noisy_body(body, *query)
     if statistics == "support":
         weights = (weights[0], jnp.zeros_like(weights[1]))
-    support = task.support_inputs.shape[0]
-    features = network.body(body, jnp.concatenate(inputs), jnp.concatenate(weights))
-    return features[:support], features[support:]
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), *inputs)
+    features = network.noisy_body(body, both, jnp.concatenate(weights), keys[0])
+    count = weights[0].shape[0]
+    return jax.tree.map(lambda x: x[:count], features), jax.tree.map(lambda x: x[count:], features)
 
 
 def check_statistics(statistics: Any) -> None:
@@ -185,12 +205,13 @@ def network_problem(
         The problem; its context is a `NetworkContext`.
 
     Raises:
-        ValueError: `proximal` is negative, no parameter adapts, `statistics` has another name, or
-            `start` does not fit.
+        ValueError: `proximal` is negative, no parameter adapts, a label or `statistics` has another
+            name, or `start` does not fit.
     """
     _checks.not_negative("proximal", proximal)
     check_statistics(statistics)
-    mask, fixed, losses = _mask(network, adapts), fixed_start(network, start), of_examples(loss)
+    labels, fixed, losses = _labels(network, adapts), fixed_start(network, start), of_examples(loss)
+    mask = jax.tree.map(lambda label: label == "adapts", labels)
 
     def parts(theta: MetaParams) -> tuple[PyTree, PyTree]:
         return trees.split({"head": fixed(), **theta}, mask)
@@ -200,12 +221,13 @@ def network_problem(
         return NetworkContext(rest, chosen if proximal else None, task)
 
     def composite(context: NetworkContext) -> Composite:
-        images = context.task.support_inputs
+        inputs = context.task.support_inputs
         weights = present(context.task.support_targets)
+        key = key_of(context.task, "support")
 
-        def outputs(params: Params) -> Array:
+        def outputs(params: Params) -> Any:
             network_params = trees.merge(params, context.rest)
-            features = network.body(network_params["body"], images, weights)
+            features = network.noisy_body(network_params["body"], inputs, weights, key)
             return network.head(network_params["head"], features)
 
         targets = context.task.support_targets
@@ -221,12 +243,13 @@ def network_problem(
 
     def outer_loss(params: Params, context: NetworkContext) -> tuple[Scalar, Any]:
         network_params = trees.merge(params, context.rest)
-        images = context.task.query_inputs
+        inputs = context.task.query_inputs
         if statistics == "support":
             _, features = features_of(network, network_params["body"], context.task, "support")
         else:
             weights = present(context.task.query_targets)
-            features = network.body(network_params["body"], images, weights)
+            key = key_of(context.task, "query")
+            features = network.noisy_body(network_params["body"], inputs, weights, key)
         outputs = network.head(network_params["head"], features)
         targets = (context.task.query_targets, context.task.support_targets)
         return query_mean(losses, outputs, *targets)
@@ -238,26 +261,44 @@ def network_problem(
     return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 
 
-def _mask(network: Network, adapts: Adapts) -> PyTree[bool]:
+def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
+    """The label of each parameter of a network.
+
+    Raises:
+        ValueError: there are others than `LABELS`, they do not fit, or none is "adapts".
+    """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
-    def chosen(path: tuple[Any, ...], _: Any) -> bool:
+    def label(path: tuple[Any, ...], _: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if callable(adapts):
-            return bool(adapts(name))
-        return adapts == "all" or name.split("/")[0] == adapts
+            found = adapts(name)
+            return found if isinstance(found, str) else ("shared", "adapts")[bool(found)]
+        return "adapts" if adapts in ("all", name.split("/")[0]) else "shared"
 
-    mask = jax.tree_util.tree_map_with_path(chosen, shapes)
-    if not any(jax.tree.leaves(mask)):
+    if isinstance(adapts, str) or callable(adapts):
+        labels = jax.tree_util.tree_map_with_path(label, shapes)
+    else:
+        try:
+            labels = jax.tree.broadcast(adapts, shapes)
+        except ValueError as error:
+            like = jax.tree.map(lambda leaf: "adapts", shapes)
+            raise ValueError(
+                f"adapts: found {adapts!r}, expected a tree of labels like {like!r}, or its upper "
+                "part."
+            ) from error
+    for found in jax.tree.leaves(labels):
+        _checks.one_of("adapts", found, LABELS)
+    if "adapts" not in jax.tree.leaves(labels):
         names = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
         ]
         raise ValueError(
-            f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all' or a "
-            f"predicate that is true for some of: {', '.join(names)}."
+            f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all', a predicate "
+            f"that is true for some of these, or a tree of labels: {', '.join(names)}."
         )
-    return mask
+    return labels
 
 
 def half_square(weight: float, tree: PyTree) -> Scalar:

@@ -1,5 +1,8 @@
 """Hypergradient estimators: one file each, all called in the same way."""
 
+from typing import Any
+
+from memmeta import _checks
 from memmeta.hypergradient._catalogue import ESTIMATORS
 from memmeta.hypergradient._estimator import TaskGradient, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
@@ -42,3 +45,7 @@ __all__ = [
     "truncated",
     "unrolled",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise _checks.no_attribute("memmeta.hypergradient", name, __all__)

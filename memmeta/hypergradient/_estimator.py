@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from memmeta import _trees as trees
-from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report
+from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report, Wanted
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._loop import widened
@@ -29,12 +29,14 @@ class TaskStart(NamedTuple):
         context: of the task.
         key: of the task, for inner solvers that draw.
         guess: under a warm start v̂ of the last meta-step; else None.
+        wanted: which figures of the report are read.
     """
 
     params: Params
     context: SplitContext
     key: Key[Array, ""]
     guess: Params | None = None
+    wanted: Wanted = Wanted()
 
 
 class TaskGradient(NamedTuple):
@@ -144,9 +146,9 @@ def per_task(
         all_tasks = embedded(problem, meta_params, chunk.tasks)
 
         def one_task(context: SplitContext, key: Array, memory: Memory | None) -> TaskGradient:
-            begin = TaskStart(all_tasks.start, context, key)
+            begin = TaskStart(all_tasks.start, context, key, wanted=chunk.wanted)
             if memory is not None:
-                begin = TaskStart(memory.params, context, key, memory.solution)
+                begin = begin._replace(params=memory.params, guess=memory.solution)
             found = rule(all_tasks.problem, inner, begin)
             return found if memory is not None else found._replace(memory=None)
 

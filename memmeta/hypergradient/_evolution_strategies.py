@@ -60,7 +60,8 @@ def evolution_strategies(
             plus, minus = (shifted(floats, direction, sign * scale) for sign in (1, -1))
             return (losses(plus) - losses(minus)) / (2 * scale)
 
-        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimate_error)
+        estimating = estimate_error and chunk.wanted.errors
+        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimating)
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         found = along_directions(derivatives, floats, weights, chunk.key, directions)
         report = report._replace(standard_error=found.standard_error)

@@ -69,7 +69,7 @@ def finite_difference(
         floats, others = trees.split_inexact(meta_params)
         all_tasks = embedded(problem, meta_params, chunk.tasks)
         step = step_length(scale, floats)
-        direct = partial(_direct_part, inner, all_tasks, estimate_error)
+        direct = partial(_direct_part, inner, all_tasks, estimate_error and chunk.wanted.errors)
         found = over_tasks(direct, all_tasks.contexts, task_keys(chunk))
 
         def solutions(floats: MetaParams) -> Params:

@@ -44,7 +44,8 @@ def first_order(*, estimate_error: bool = False) -> Estimator:
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         report = report_of_loop(state)
-        if estimate_error and has_known_curvature(problem, inner):
+        wanted = estimate_error and begin.wanted.errors
+        if wanted and has_known_curvature(problem, inner):
             error = _error(problem, state.params, outer, begin.context)
             report = report._replace(error_estimate=error)
         return TaskGradient(loss, aux, outer[1], outer[0], report)

@@ -70,7 +70,8 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
                     "derivative. Write the rule with jax.custom_jvp, or use unrolled()."
                 ) from error
 
-        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimate_error)
+        estimating = estimate_error and chunk.wanted.errors
+        loss, aux, report = losses_and_reports(problem, inner, meta_params, chunk, estimating)
         weights = jnp.where(jnp.isfinite(loss), chunk.weights, 0)
         if directions is not None:
             found = along_directions(derivatives, floats, weights, chunk.key, directions)

@@ -8,7 +8,8 @@ from jaxtyping import Array
 
 from memmeta import _checks
 from memmeta import _trees as trees
-from memmeta.certificate._bound import Measured, certify_measured
+from memmeta.certificate._bound import Measured
+from memmeta.certificate._certify import certify_measured
 from memmeta.certificate._estimate import (
     Residuals,
     given_curvature,
@@ -112,17 +113,18 @@ def implicit(
         solution = jax.lax.optimization_barrier(solver(product, outer[0], **where, start=guess))
 
         # a curvature of Gauss–Newton's matrix bounds nothing of the Hessian
-        known = estimate_error and (not newton or problem.strong_convexity is not None)
-        here, estimate = _residuals(problem, params, solution, outer, begin.context, known)
+        known = not newton or problem.strong_convexity is not None
+        estimating = estimate_error and begin.wanted.errors and known
+        here, estimate = _residuals(problem, params, solution, outer, begin.context, estimating)
         report = report_of_loop(state)._replace(
             linear_residual=solution.residual,
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
         )
-        if problem.certifiable:
+        if problem.certifiable and begin.wanted.errors:
             measured = Measured(trees.norm(here.inner), trees.norm(here.params), solution.value)
-            bound = certify_measured(problem, params, measured, context)
+            bound = certify_measured(problem, params, measured, begin.context)
             report = report._replace(error_bound=bound.total)
         memory = Memory(params, solution.value)
         return TaskGradient(loss, aux, here.context, None, report, memory)

@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from memmeta import _trees as trees
 from memmeta.certificate import estimate
-from memmeta.certificate._bound import Measured, certify_measured
+from memmeta.certificate._bound import Measured
+from memmeta.certificate._certify import certify_measured
 from memmeta.hypergradient._estimator import TaskStart
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.linear_solve import LinearSolver
@@ -56,7 +57,7 @@ def until(
             return found.value, estimate(problem, params, found.value, context).total
         residual = found.residual * trees.norm(outer)
         measured = Measured(trees.norm(gradient), residual, found.value)
-        return found.value, certify_measured(problem, params, measured, context).total
+        return found.value, certify_measured(problem, params, measured, begin.context).total
 
     def unfinished(pair: Pair) -> Bool[Array, ""]:
         # `error <= tolerance` is False for NaN: steps are spent, not saved

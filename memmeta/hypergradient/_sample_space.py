@@ -111,7 +111,8 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
         alpha_bar, query_bar = query_pull_back(jnp.ones_like(loss))
         _, transposed = jax.vjp(_field(head.support_loss), state.params, support)
         report = report_of_loop(state)
-        estimating = estimate_error and has_known_curvature(problem, inner)
+        wanted = estimate_error and begin.wanted.errors
+        estimating = wanted and has_known_curvature(problem, inner)
         if estimating or differentiate == "solution":
             solution = _multipliers(transposed, alpha_bar, support)
         if differentiate == "solution":

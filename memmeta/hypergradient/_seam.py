@@ -1,6 +1,7 @@
 """The interface of hypergradient estimators: what they are given and what they return."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -15,7 +16,8 @@ from memmeta.problem import Batch, MetaParams, Params, Problem
 class Report(NamedTuple):
     """How far a hypergradient can be trusted, per task.
 
-    A figure that the estimator has none of is None. An infinite one is not known for that task.
+    A figure that the estimator has none of, or that was not asked for (see `make_meta_step`), is
+    None. An infinite one is not known for that task.
 
     Attributes:
         inner_gradient_norm: ‖∇_φ g‖ just before the last inner step, zero when the inner loop has
@@ -34,7 +36,8 @@ class Report(NamedTuple):
         error_bound: a rigorous bound on the same error, where the problem gives its
             `strong_convexity` and `Structure.deviations`. In θ where `Deviations.embedding` bounds
             ‖∂c/∂θ‖, and its mean over tasks then bounds the error of the whole meta-step; where
-            `embedding` is 1, as for linear heads, it bounds the error in c alone.
+            `embedding` is 1, as for linear heads, it bounds the error in c alone;
+            `certificate.error_in_theta` takes it to θ.
         standard_error: estimate of the root mean square of ‖∇̂F_i − E ∇̂F_i‖, of estimators that
             draw directions.
         contraction: of `fixed_point`: the rate at which inner steps approach the fixed point, a
@@ -42,9 +45,9 @@ class Report(NamedTuple):
             not, and that the rule does not hold.
     """
 
-    inner_gradient_norm: Float[Array, "*tasks"]
-    inner_reduction: Float[Array, "*tasks"]
-    inner_steps: Float[Array, "*tasks"]
+    inner_gradient_norm: Float[Array, "*tasks"] | None = None
+    inner_reduction: Float[Array, "*tasks"] | None = None
+    inner_steps: Float[Array, "*tasks"] | None = None
     linear_residual: Float[Array, "*tasks"] | None = None
     linear_iterations: Float[Array, "*tasks"] | None = None
     smallest_curvature: Float[Array, "*tasks"] | None = None
@@ -52,6 +55,20 @@ class Report(NamedTuple):
     error_bound: Float[Array, "*tasks"] | None = None
     standard_error: Float[Array, "*tasks"] | None = None
     contraction: Float[Array, "*tasks"] | None = None
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which figures of a report are read; of the others an estimator need not trace anything.
+
+    Attributes:
+        figures: any at all.
+        errors: `error_estimate` and `error_bound`, which take derivatives of their own.
+    """
+
+    figures: bool = True
+    errors: bool = True
 
 
 class Memory(NamedTuple):
@@ -77,6 +94,8 @@ class Chunk(NamedTuple):
         step: the meta-step's number.
         memory: what the estimator returned for the same tasks last time: `params` φ̂_i, where the
             inner loops start, and `solution` v̂_i, where the linear solves do; None starts afresh.
+        wanted: which figures of the report are read; `wanted.errors` says whether an estimator
+            need take the derivatives of an `error_estimate`.
     """
 
     tasks: Batch
@@ -85,6 +104,7 @@ class Chunk(NamedTuple):
     key: Key[Array, ""]
     step: Int32[Array, ""]
     memory: Memory | None = None
+    wanted: Wanted = Wanted()
 
     @classmethod
     def of(

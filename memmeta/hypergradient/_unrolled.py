@@ -99,7 +99,8 @@ def through(
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         require_derivative_at_zero(inner.steps_of, begin.params, reverse=True)
-        estimating = estimate_error and has_known_curvature(problem, inner)
+        wanted = estimate_error and begin.wanted.errors
+        estimating = wanted and has_known_curvature(problem, inner)
         # g + ⟨e, φ⟩ at e = 0: the cotangent of e is −v̂, see `tilted`
         tilt = jax.tree.map(jnp.zeros_like, begin.params) if estimating else None
 

@@ -1,6 +1,8 @@
 """A meta-step's metrics in one sentence, for a person."""
 
-from memmeta.meta._metrics import LEFT, Metrics
+import numpy as np
+
+from memmeta.meta._metrics import KINDS, LEFT, Metrics
 
 CAUSES = {
     "inputs": "data are not finite (look at the tasks)",
@@ -34,6 +36,8 @@ DOUBTS = {
     ),
 }
 
+UNKNOWN = 'the reasons were not asked for (report="none")'
+
 
 def explain(metrics: Metrics) -> str:
     """Say in one sentence how a meta-step went, and what to change.
@@ -61,12 +65,16 @@ def explain(metrics: Metrics) -> str:
         '1 of 2 tasks left out: 1 whose data are not finite (look at the tasks).'
     """
     used = int(metrics.used)
-    counts = {name: int(count) for name, count in metrics.counts._asdict().items()}
+    counts = _known(metrics)
     found, masked = [], counts["masked"]
     if masked:
-        causes = [f"{counts[name]} whose {said}" for name, said in CAUSES.items() if counts[name]]
-        found.append(f"{masked} of {used + masked} tasks left out: {'; '.join(causes)}")
-    found += [f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts[name]]
+        causes = [
+            f"{counts[name]} whose {said}" for name, said in CAUSES.items() if counts.get(name)
+        ]
+        found.append(f"{masked} of {used + masked} tasks left out: {'; '.join(causes) or UNKNOWN}")
+    found += [
+        f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts.get(name)
+    ]
     if counts["refused"]:
         found.append(
             f"{counts['refused']} update(s) refused: the meta-gradient is far larger than usual, "
@@ -74,9 +82,16 @@ def explain(metrics: Metrics) -> str:
         )
     if not used:
         found.append("no task was usable, so nothing was learned")
+    if not found and len(counts) < len(KINDS):
+        return f'All {used} tasks are finite; no more was looked at (report="none").'
     return ". ".join(found) + "." if found else f"All {used} tasks went well."
 
 
 def in_trouble(metrics: Metrics) -> bool:
     """Whether `explain` has anything to say."""
-    return any(int(count) for count in metrics.counts) or not int(metrics.used)
+    return any(_known(metrics).values()) or not int(metrics.used)
+
+
+def _known(metrics: Metrics) -> dict[str, int]:
+    """The counts as numbers, without those that were not asked for."""
+    return dict(zip(metrics.counts.names, np.asarray(metrics.counts.numbers).tolist(), strict=True))

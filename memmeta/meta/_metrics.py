@@ -1,5 +1,9 @@
 """What a meta-step reports, and the guard that decides from it whether an update is kept."""
 
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.hypergradient import Report
+from memmeta.hypergradient._seam import Wanted
 from memmeta.problem import MetaParams, Scalar
 
 GREW = 10.0
@@ -18,8 +23,27 @@ LEFT = 0.1
 this share of its right-hand side, is too short for an implicit rule."""
 
 
-class Counts(NamedTuple):
+KINDS = (
+    "masked",
+    "inputs",
+    "inner_loop",
+    "outer_loss",
+    "hypergradient",
+    "diverging",
+    "unconverged",
+    "unsolved",
+    "indefinite",
+    "refused",
+)
+"""What is counted, see `Counts`."""
+
+
+@dataclass(frozen=True)
+class Counts:
     """Trouble met in a meta-step, as numbers of tasks; `refused` as a number of meta-steps.
+
+    Each is an attribute. Under `report="none"` all but `masked` and `refused` are None: not looked
+    at.
 
     Attributes:
         masked: left out of every average, because something about them was not finite: the sum of
@@ -37,18 +61,38 @@ class Counts(NamedTuple):
             is no strict minimum and the implicit function theorem does not hold.
         refused: updates that the guard refused, because the meta-gradient was far larger than this
             run's usual ones or the next state was not finite.
+        numbers: all of them as one array, its last axis in the order of `names`.
+        names: of those that were looked at.
     """
 
-    masked: Int32[Array, ""]
-    inputs: Int32[Array, ""]
-    inner_loop: Int32[Array, ""]
-    outer_loss: Int32[Array, ""]
-    hypergradient: Int32[Array, ""]
-    diverging: Int32[Array, ""]
-    unconverged: Int32[Array, ""]
-    unsolved: Int32[Array, ""]
-    indefinite: Int32[Array, ""]
-    refused: Int32[Array, ""]
+    numbers: Int32[Array, "*meta_steps counts"]
+    names: tuple[str, ...]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in KINDS:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        # One array, cut up where it is read: ten outputs would be ten kernels to compile.
+        return self.numbers[..., self.names.index(name)] if name in self.names else None
+
+    def as_dict(self) -> dict[str, Int32[Array, "*meta_steps"]]:
+        """Those that were looked at, by name, in their order."""
+        return {name: self.numbers[..., place] for place, name in enumerate(self.names)}
+
+
+def _of_leaves(names: tuple[str, ...], leaves: Iterable[Any]) -> Counts:
+    # Not by the class itself, which would check a leaf that is a shape or a sharding as an array.
+    made = object.__new__(Counts)
+    (numbers,) = leaves
+    object.__setattr__(made, "numbers", numbers)
+    object.__setattr__(made, "names", names)
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(
+    Counts,
+    lambda counts: (((jax.tree_util.GetAttrKey("numbers"), counts.numbers),), counts.names),
+    _of_leaves,
+)
 
 
 class TaskMetrics(NamedTuple):
@@ -114,6 +158,13 @@ class Sums(NamedTuple):
     smallest: Float[Array, " devices"] | None
 
 
+def report_of(report: Report, wanted: Wanted) -> Report:
+    """A report without what is not wanted."""
+    if not wanted.figures:
+        return Report()
+    return report if wanted.errors else report._replace(error_estimate=None, error_bound=None)
+
+
 def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) -> Sums:
     """Add up the figures of one device's tasks."""
 
@@ -123,7 +174,10 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
 
     dtype = _wide(tasks.loss)
     figures = [leaf.astype(dtype) for leaf in jax.tree.leaves((tasks.loss, tasks.report))]
-    counts = jnp.stack([tasks.usable, *_trouble(tasks)], axis=1)
+    met = [tasks.usable, ~tasks.usable, *_trouble(tasks)]
+    # As bits of one number for each task: one pass makes it, and one pass adds all counts up.
+    bits = reduce(operator.or_, [one.astype(jnp.int32) << place for place, one in enumerate(met)])
+    counts = (bits[:, None] >> jnp.arange(len(met), dtype=jnp.int32)) & 1
     curvature, smallest = tasks.report.smallest_curvature, None
     if curvature is not None:
         own = jnp.arange(devices, dtype=device.dtype) == device
@@ -139,11 +193,14 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
 
 
 def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
-    """Which tasks each of the `Counts` counts, in their order, without `refused`."""
+    """Which tasks each of the `Counts` counts, in their order, without `masked` and `refused`."""
     report, usable = tasks.report, tasks.usable
-    stepped = report.inner_steps > 0
+    norm, reduction, steps = report[:3]
+    if norm is None or reduction is None or steps is None:  # not asked for
+        return []
+    stepped = steps > 0
     found, causes = ~usable, []
-    finite = (tasks.finite_inputs, ~stepped | jnp.isfinite(report.inner_gradient_norm))
+    finite = (tasks.finite_inputs, ~stepped | jnp.isfinite(norm))
     for sound in (*finite, jnp.isfinite(tasks.loss)):
         causes.append(found & ~sound)
         found &= sound
@@ -151,13 +208,12 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     residual = 0 if report.linear_residual is None else report.linear_residual
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
     contraction = 0 if report.contraction is None else report.contraction
-    grew = ~(report.inner_reduction < GREW) | ~(jnp.asarray(contraction) < 1)
+    grew = ~(reduction < GREW) | ~(jnp.asarray(contraction) < 1)
     return [  # `~(… < …)`: NaN counts as trouble
-        ~usable,
         *causes,
         found,
         usable & stepped & grew,
-        implicit & ~(report.inner_reduction <= LEFT),
+        implicit & ~(reduction <= LEFT),
         implicit & ~(jnp.asarray(residual) <= LEFT),
         usable & (jnp.asarray(curvature) <= 0),
     ]
@@ -173,15 +229,22 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
         smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))
         report = report._replace(smallest_curvature=smallest)
     counts = summed.counts.astype(jnp.int32)
+    names = KINDS if counts.size == len(KINDS) else ("masked", "refused")
     return Metrics(
         loss=loss,
         aux=jax.tree.map(lambda leaf: leaf / used.astype(leaf.dtype), summed.aux),
         report=report,
         gradient_norm=jnp.where(nothing, jnp.nan, trees.norm(gradient)),
         used=counts[0],
-        counts=Counts(*[*counts[1:], jnp.int32(0)]),
+        counts=Counts(jnp.pad(counts[1:], (0, 1)), names),
         tasks=tasks,
     )
+
+
+def with_refused(metrics: Metrics, refused: Int32[Array, ""]) -> Metrics:
+    """The metrics of a meta-step with `counts.refused`."""
+    counts = metrics.counts
+    return metrics._replace(counts=replace(counts, numbers=counts.numbers.at[-1].set(refused)))
 
 
 def errors_infinite(nothing: Bool[Array, ""], report: Report) -> Report:

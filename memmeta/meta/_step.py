@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,23 @@ from jaxtyping import Array, Bool, Int32, Key
 from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
 from memmeta.hypergradient import Chunk, Estimator
-from memmeta.hypergradient._seam import Memory
+from memmeta.hypergradient._seam import Memory, Wanted
 from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
 from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
-from memmeta.meta._metrics import DEFAULT_GUARD, Guard, Metrics, Sums, TaskMetrics, averages, sums
+from memmeta.meta._metrics import (
+    DEFAULT_GUARD,
+    Guard,
+    Metrics,
+    Sums,
+    TaskMetrics,
+    averages,
+    report_of,
+    sums,
+    with_refused,
+)
 from memmeta.problem import Batch, MetaParams, Problem, Scalar
 
 DRAWS = 2**31 - 1
@@ -30,6 +40,9 @@ DRAWS = 2**31 - 1
 
 TaskChunk: TypeAlias = int | Literal["auto"] | None
 """Tasks worked on at once on each device; None: all; "auto": what the platform is fastest at."""
+
+ReportLevel: TypeAlias = Literal["full", "light", "none"]
+"""Figures that a meta-step reports: all; those that are at hand; only the losses."""
 
 NUMBERS_AT_ONCE = 32_768
 """On a CPU "auto" takes the largest chunk of tasks with at most so many numbers, at least one task.
@@ -75,6 +88,7 @@ class MetaStep:
     mesh: Mesh | None = None
     guard: Guard | None = DEFAULT_GUARD
     strict: bool = False
+    report: ReportLevel = "light"
     devices: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +108,10 @@ class MetaStep:
         _checks.require("estimator", self.estimator, fits, expected, remedy)
         if self.task_chunk not in (None, "auto"):
             _checks.count("task_chunk", self.task_chunk)
+        _checks.one_of("report", self.report, get_args(ReportLevel))
+        told = not self.strict or self.report != "none"
+        expected = '"light" or "full" for a strict step, which says what went wrong'
+        _checks.require("report", self.report, told, expected)
         object.__setattr__(self, "mesh", mesh_of_tasks(self.mesh))
         object.__setattr__(self, "devices", shards(self.mesh))
 
@@ -190,8 +208,8 @@ class MetaStep:
         keep, guard = metrics.used > 0, state.guard
         if self.guard is not None and guard is not None:
             accepted, guard = self.guard.accepts(guard, metrics.gradient_norm, proposed)
-            counts = metrics.counts._replace(refused=(keep & ~accepted).astype(jnp.int32))
-            metrics, keep = metrics._replace(counts=counts), keep & accepted
+            refused = (keep & ~accepted).astype(jnp.int32)
+            metrics, keep = with_refused(metrics, refused), keep & accepted
         floats, optimizer = trees.where(keep, proposed, (floats, state.optimizer))
         theta = trees.merge(floats, others)
         following = MetaState(state.step + 1, theta, optimizer, state.key, guard)
@@ -262,6 +280,7 @@ class MetaStep:
     ) -> tuple[Sums, TaskMetrics, Memory | None]:
         """One device's tasks, chunk by chunk; then the sums of all devices in one message."""
         count = numbers.size
+        wanted = Wanted(figures=self.report != "none", errors=self.report == "full")
 
         def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, Any]:
             # Cut out here, and blanked here: the whole batch is never copied.
@@ -271,7 +290,7 @@ class MetaStep:
             finite = jax.vmap(trees.all_finite)(some)
             some = jax.tree.map(_zero_where_not(finite), some)
             weights = finite.astype(jnp.float32)
-            part = Chunk(some, weights, chosen, draw, step, remembered)
+            part = Chunk(some, weights, chosen, draw, step, remembered, wanted)
             found = self.estimator(self.problem, self.inner, meta_params, part)
             # A product of finite cotangents can still overflow in the pull-back, where tasks cannot
             # be told apart: the whole chunk is left out.
@@ -280,7 +299,8 @@ class MetaStep:
                 lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
             )
             usable = found.usable & sound
-            per_task = TaskMetrics(found.loss, found.aux, found.report, usable, finite)
+            report = report_of(found.report, wanted)
+            per_task = TaskMetrics(found.loss, found.aux, report, usable, finite)
             return total, (per_task, found.memory)
 
         floats, _ = trees.split_inexact(meta_params)
@@ -355,6 +375,7 @@ def make_meta_step(
     mesh: Mesh | None = None,
     guard: Guard | None = DEFAULT_GUARD,
     strict: bool = False,
+    report: ReportLevel = "light",
 ) -> MetaStep:
     r"""Make the function that does one outer iteration.
 
@@ -379,6 +400,10 @@ def make_meta_step(
         strict: raise a FloatingPointError with the sentence of `memmeta.meta.explain` whenever a
             task is left out, a loop or a solve is too short, or an update is refused. For finding
             out what is wrong: each call waits for its metrics, and the state is not donated.
+        report: what the metrics hold; what is not asked for is not in the compiled program. "light"
+            has all figures that are at hand, and counts all trouble; "full" adds `error_estimate`
+            and `error_bound`, which take derivatives of their own; "none" has losses, the
+            gradient's norm, and the numbers of tasks left out and updates refused.
 
     Returns:
         A `MetaStep`: `init(meta_params) -> state`, `step(state, tasks) -> (state, metrics)`.
@@ -407,4 +432,5 @@ def make_meta_step(
         [2.0, 3.0]
     """
     transformation = as_transformation("optimizer", optimizer)
-    return MetaStep(problem, inner, estimator, transformation, task_chunk, mesh, guard, strict)
+    options = (task_chunk, mesh, guard, strict, report)
+    return MetaStep(problem, inner, estimator, transformation, *options)

@@ -10,6 +10,11 @@ from jaxtyping import Array, Float, Shaped
 from memmeta import _checks
 from memmeta.models._network import Network, Params
 
+REMEDY = (
+    "memmeta.models.from_linen takes modules with state, noise or other arguments: give it the "
+    "whole module, its last layer included."
+)
+
 
 def linear_head(
     params: dict[str, Float[Array, "..."]], features: Float[Array, "examples features"]
@@ -24,7 +29,8 @@ def with_linear_head(
     """Join a flax body and a linear head into a `Network`.
 
     Args:
-        body: module of call (inputs, weights) -> (examples, features), float32.
+        body: module of call (inputs, weights) -> (examples, features), float32, with parameters
+            alone. `from_linen` takes modules of any other kind.
         ways: how many outputs.
         input_shape: shape of one example, without the leading axis.
         head_scale: standard deviation of the head's kernel at the start, times sqrt(features);
@@ -34,7 +40,7 @@ def with_linear_head(
         The network.
 
     Raises:
-        ValueError: `ways` is less than 1, or `head_scale` is negative.
+        ValueError: `ways` is less than 1, `head_scale` is negative, or the body is of another kind.
 
     Example:
         >>> from memmeta.models import with_linear_head
@@ -49,7 +55,14 @@ def with_linear_head(
     _checks.not_negative("head_scale", head_scale)
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     weight = jax.ShapeDtypeStruct((1,), jnp.float32)
-    features = jax.eval_shape(body.init_with_output, jax.random.key(0), example, weight)[0].shape[1]
+    try:
+        variables = jax.eval_shape(body.init, jax.random.key(0), example, weight)
+        features = jax.eval_shape(body.apply, variables, example, weight).shape[1]
+    except Exception as error:
+        raise ValueError(f"body: {error}. {REMEDY}") from error
+    if set(variables) - {"params"}:
+        found = ", ".join(sorted(set(variables) - {"params"}))
+        raise ValueError(f"body: found the collections {found}, expected params alone. {REMEDY}")
 
     def init(key: Array) -> Params:
         body_key, head_key = jax.random.split(key)

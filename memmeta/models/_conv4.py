@@ -151,7 +151,7 @@ def conv4(
     network = with_linear_head(body, ways, image_shape, head_scale)
     if initialisation == "he_normal":
         return network
-    limit = head_scale * network.features**-0.5
+    limit = head_scale * (network.features or 1) ** -0.5
     uniform = partial(jax.random.uniform, minval=-limit, maxval=limit)
 
     def init(key: Array) -> Params:

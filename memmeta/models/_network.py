@@ -1,29 +1,37 @@
 """The interface between a network and the algorithms: a body and a head, as pure functions."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 Params: TypeAlias = PyTree[Any]
+Features: TypeAlias = PyTree[Any]
+"""[examples, ...] of what the body makes and the head reads; for most heads one matrix."""
+Outputs: TypeAlias = PyTree[Any]
 
 
 @dataclass(frozen=True)
 class Network:
     """A network as pure functions: a body that makes features and a head that reads them.
 
-    logits = head(params["head"], body(params["body"], images, weights))
+    outputs = head(params["head"], body(params["body"], inputs, weights, key=key))
 
-    A network of any library (flax nnx, equinox, plain functions) is used by filling in the fields.
+    `from_linen`, `from_nnx`, `from_equinox` and `from_haiku` make one of a module of the user's;
+    plain functions are used by filling in the fields.
 
     Attributes:
         init: PRNG key -> {"body": ..., "head": ...}, two pytrees of float arrays.
-        body: (body_params, images, weights) -> features, float32, (examples, features). `weights`,
+        body: (body_params, inputs, weights) -> features of the examples, any pytree of arrays whose
+            leading axis is theirs; float32 (examples, features) for a linear head. `weights`,
             (examples,), says which examples give the batch statistics; a body without any may
-            ignore it.
-        head: (head_params, features) -> outputs, float32, (examples, ways).
-        features: how many features the body makes of one image.
+            ignore it. A body that has an argument `key` is given a PRNG key by name where the task
+            has one, `task.extras["key"]`: then noise such as dropout is on, and without it off.
+        head: (head_params, features) -> outputs, float32, (examples, ways); of any other kind where
+            the loss is the user's own.
+        features: how many features the body makes of one example; None if they are no vector.
         ways: how many outputs the head has: classes, or regression targets.
 
     Example:
@@ -43,10 +51,19 @@ class Network:
     """
 
     init: Callable[[Array], Params]
-    body: Callable[
-        [Params, Shaped[Array, "examples ..."], Float[Array, " examples"]],
-        Float[Array, "examples features"],
-    ]
-    head: Callable[[Params, Float[Array, "examples features"]], Float[Array, "examples ways"]]
-    features: int
+    body: Callable[..., Features]
+    head: Callable[[Params, Features], Outputs]
+    features: int | None
     ways: int
+
+    def noisy_body(
+        self,
+        params: Params,
+        inputs: PyTree[Shaped[Array, "examples ..."]],
+        weights: Float[Array, " examples"],
+        key: Key[Array, ""] | None,
+    ) -> Features:
+        """The features, with the key where there is one and the body takes it."""
+        if key is None or "key" not in inspect.signature(self.body).parameters:
+            return self.body(params, inputs, weights)
+        return self.body(params, inputs, weights, key=key)

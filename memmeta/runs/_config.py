@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
-from memmeta import algorithms, models
+from memmeta import algorithms
 from memmeta.data import Augmentation, Dataset, Episodes, HostDataset, Warp, normalisation
 from memmeta.data._files import FileError, decode
+from memmeta.few_shot._examples import squared_errors
 from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
+from memmeta.models import Network
+from memmeta.problem import Params
+from memmeta.runs import _networks as networks
 
 if TYPE_CHECKING:
     Method: TypeAlias = str
@@ -35,7 +41,9 @@ class Config:
     method: Method = "memory_reduced"
     """The method to train."""
     data: str = "glyphs"
-    """Data set; training uses its train split, and the final report its test split."""
+    """Data set; training uses its train split, and the final report its test split. One of glyphs,
+    emoji (in the package); omniglot, omniglot_alphabets, cifar_fs, fc100, tfds:NAME (downloaded);
+    mini_imagenet, tiered_imagenet, folder, folder:SEED, npz (files in DATA_DIR)."""
     data_dir: Path | None = None
     """Folder of data sets that are not embedded in the package."""
     on_host: bool = False
@@ -71,8 +79,17 @@ class Config:
     normalise: bool = False
     """Subtract the mean of the training split's pixels from every image, and divide by their
     standard deviation."""
+    network: str = "conv4"
+    """conv4, resnet12, mlp, or module:PATH.TO:FACTORY, a function of your own of (ways,
+    image_shape) that returns a memmeta.models.Network."""
     width: int = 64
-    """Filters in each convolution block."""
+    """Filters in each convolution block of conv4; those of resnet12's blocks are 1, 2, 3 and 4
+    times as many, and mlp has two layers of so many units. Not read by a network of your own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What features are computed in; parameters and heads are float32."""
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    """Loss of each example: squared_error is half the squared distance of the outputs from the
+    class's unit vector."""
     round_down: bool = False
     """Drop the last row and column of feature maps with an odd side when pooling, as most papers
     do."""
@@ -81,7 +98,7 @@ class Config:
     alone, or support and query separately."""
     head_start: Literal["zeros", "random"] = "zeros"
     """Initial value of every task's head, for methods that do not learn it; a random head is drawn
-    from the seed and never trained."""
+    from the seed, never trained, and kept in the checkpoints."""
     inner_steps: int | None = None
     """Steps of the inner loop in training; None: the method's own default."""
     test_steps: int | None = None
@@ -110,15 +127,15 @@ class Config:
     seed."""
     log_every: int = 40
     """Meta-steps between two lines of metrics."""
-    checkpoint_every: int = 240
-    """Meta-steps between two checkpoints, a multiple of LOG_EVERY."""
+    checkpoint_every: int | None = None
+    """Meta-steps between two checkpoints, a multiple of LOG_EVERY; None: that next to 240."""
     episodes: int = 600
     """Number of held-out test episodes in the final report."""
 
     def __post_init__(self) -> None:
         _require_kinds(vars(self))
         sizes = ("image_size", "ways", "shots", "queries", "test_queries", "width", "tasks")
-        for name in (*sizes, "log_every", "checkpoint_every"):
+        for name in (*sizes, "log_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in sizes:
             _require(name, getattr(self, name), getattr(self, name) <= 2**16, "at most 65536")
@@ -131,16 +148,19 @@ class Config:
         _require("rate", self.rate, self.rate > 0, "more than 0")
         if self.inner_rate is not None:
             _require("inner_rate", self.inner_rate, self.inner_rate > 0, "more than 0")
-        multiple = self.checkpoint_every % self.log_every == 0
-        _require(
-            "checkpoint_every",
-            self.checkpoint_every,
-            multiple,
-            f"a multiple of log_every={self.log_every}",
-        )
+        every = self.saved_every
+        multiple = every >= 1 and every % self.log_every == 0
+        _require("checkpoint_every", every, multiple, f"a multiple of log_every={self.log_every}")
         if self.task_chunk is not None:
             fits = self.task_chunk >= 1 and self.tasks % self.task_chunk == 0
             _require("task_chunk", self.task_chunk, fits, f"a divisor of tasks={self.tasks}")
+
+    @property
+    def saved_every(self) -> int:
+        """Meta-steps between two checkpoints: `checkpoint_every`, or what stands for None."""
+        if self.checkpoint_every is not None:
+            return self.checkpoint_every
+        return max(round(240 / self.log_every), 1) * self.log_every
 
     def normalised(self, train: Dataset | HostDataset) -> Augmentation:
         """The normalisation of every image, in training and in evaluation.
@@ -193,15 +213,34 @@ class Config:
         # a family has at most half of a class's examples, so that fewer queries are possible
         queries = min(self.test_queries, 5)
         other_family = replace(any_style, queries=queries, cross_family=True)
-        return {"any styles": any_style, "different font families": other_family}
+        kind = "font families" if train.name == "glyphs" else "families"
+        return {"any styles": any_style, f"different {kind}": other_family}
 
-    def learner(self, image_shape: tuple[int, ...], *, test: bool = False) -> Learner:
+    def made_network(self, image_shape: tuple[int, ...]) -> Network:
+        """The network that fits examples of a shape: height, width and channels."""
+        height, width, channels = image_shape
+        shape, rounded = (height, width, channels), not self.round_down
+        options: Any = {"width": self.width, "round_up": rounded, "dtype": self.dtype}
+        return networks.network(self.network, self.ways, shape, **options)
+
+    def drawn_head(self, image_shape: tuple[int, ...]) -> Params | None:
+        """A random head drawn from the seed, as NumPy arrays; None if heads start from zeros."""
+        if self.head_start == "zeros":
+            return None
+        head = jax.jit(self.made_network(image_shape).init)(jax.random.key(self.seed))["head"]
+        found: Params = jax.device_get(head)
+        return found
+
+    def learner(
+        self, image_shape: tuple[int, ...], *, test: bool = False, head: Params | None = None
+    ) -> Learner:
         """The method with the options of this run, and a network that fits the data.
 
         Args:
             image_shape: height, width and channels of the examples.
             test: whether the inner loop makes `test_steps` steps, if given, instead of
                 `inner_steps`.
+            head: where every task's head starts; None: `drawn_head`.
 
         Raises:
             UserError: an option was given that the method does not have, or the method cannot be
@@ -211,14 +250,6 @@ class Config:
         remedy = "; it needs a finite set of tasks: memmeta.meta.WarmStart in a loop of your own"
         expected = "a method that starts every task afresh, such as memory_reduced"
         _require("method", self.method, self.method != "amigo", expected + remedy)
-        height, width, channels = image_shape
-        network = models.conv4(
-            self.ways,
-            width=self.width,
-            image_shape=(height, width, channels),
-            round_up=not self.round_down,
-            head_scale=1.0,  # used if the method learns the initial head, or if it is random
-        )
         known = inspect.signature(method).parameters
         options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
         given = {name: value for name, value in options.items() if value is not None}
@@ -228,10 +259,13 @@ class Config:
             )
         if self.head_start == "random":
             _require("head_start", "random", "start" in known, f"zeros: {self.method} has no start")
-            given["start"] = jax.jit(network.init)(jax.random.key(self.seed))["head"]
+            given["start"] = self.drawn_head(image_shape) if head is None else head
         if "inner" in known:
             steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
             given["inner"] = self._inner(known["inner"].default, steps)
+        if self.loss == "squared_error":
+            given["loss"] = squared_error
+        network = self.made_network(image_shape)
         learner: Learner = method(network, statistics=self.statistics, **given)
         return learner
 
@@ -279,6 +313,11 @@ class Config:
             return cls(**found)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+
+
+def squared_error(outputs: Array, targets: Array) -> Array:
+    """½ ‖output − unit vector of the class‖² of each example."""
+    return squared_errors(outputs, targets, jnp.ones(outputs.shape[-1], bool))
 
 
 def _require_kinds(values: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memmeta.runs._records import Row
+
 console = Console(highlight=False, markup=False)  # brackets in names of files are not markup
 
 
@@ -100,6 +102,20 @@ def _in_notebook(meta_steps: int) -> Callable[[dict[str, Any]], None]:
         handle.update(drawn(line["step"], describe(line)), raw=True)
 
     return show
+
+
+def print_comparison(rows: list[Row]) -> None:
+    """Print runs on the same episodes as a table."""
+    table = Table(title=f"{rows[0].episodes} test episodes, 95 % intervals", title_justify="left")
+    for name in ("run", "method", "accuracy, %", f"minus {rows[0].name}, %"):
+        table.add_column(name, justify="right" if "%" in name else "left")
+    for row in rows:
+        figures = [
+            "" if found is None else f"{100 * found.mean:+.2f} ± {100 * found.half_width:.2f}"
+            for found in (row.accuracy, row.difference)
+        ]
+        table.add_row(row.name, row.method, figures[0].lstrip("+"), figures[1])
+    console.print(table)
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """Schemas that the JSON files of a run are checked against when they are read."""
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 
 from memmeta.data._files import FileError, decode
+from memmeta.meta._evaluation import Interval
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 Whole = Annotated[int, msgspec.Meta(gt=-(2**62), lt=2**62)]
@@ -17,6 +18,25 @@ class Mean(TypedDict):
 
     mean: Number
     interval: Number
+
+
+class Row(NamedTuple):
+    """One run beside others.
+
+    Attributes:
+        name: of its folder.
+        method: its method.
+        episodes: how many there were.
+        accuracy: its mean accuracy.
+        difference: the mean of its accuracy minus the first run's, episode by episode; None of the
+            first run.
+    """
+
+    name: str
+    method: str
+    episodes: int
+    accuracy: Interval
+    difference: Interval | None
 
 
 class FinalReport(TypedDict):

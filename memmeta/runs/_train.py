@@ -14,7 +14,7 @@ from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._explain import in_trouble
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
-from memmeta.runs._config import Config, UserError
+from memmeta.runs._config import UserError
 from memmeta.runs._folder import RunFolder
 from memmeta.runs._interruption import Interrupted, Stopped, interruptible
 from memmeta.runs._stored import require_unaltered
@@ -34,7 +34,7 @@ def train(
 ) -> MetaState:
     """Train to the last meta-step, with a log point after every block of meta-steps.
 
-    A checkpoint is saved every `config.checkpoint_every` meta-steps and at the end.
+    A checkpoint is saved every `config.saved_every` meta-steps and at the end.
 
     Args:
         trainer: the run's trainer.
@@ -57,7 +57,7 @@ def train(
     config, state, metrics = trainer.config, trainer.init(), None
     validation = trainer.judged["any styles"]
     if resume:
-        state = _resumed(config, folder, state)
+        state = _resumed(trainer, folder, state)
     with interruptible() as interrupted:
         while (step := int(state.step)) < config.meta_steps:
             count = min(config.log_every - step % config.log_every, config.meta_steps - step)
@@ -70,7 +70,7 @@ def train(
                 raise _stop(trainer, block, folder, before)
             step += count
             line = log_point(step, metrics, count * config.tasks / seconds)
-            due = step == config.meta_steps or step % config.checkpoint_every == 0
+            due = step == config.meta_steps or step % config.saved_every == 0
             if due:
                 found = trainer.evaluator(
                     state, "validation", validation, VALIDATION_EPISODES, VALIDATION
@@ -80,7 +80,7 @@ def train(
             show(line | ({"trouble": explain(metrics)} if in_trouble(metrics) else {}))
             stopping = interrupted()
             if due or stopping:
-                _save(folder, config, step, state)
+                _save(folder, trainer, step, state)
             if stopping and step < config.meta_steps:
                 raise Interrupted(f"stopped by a signal after meta-step {step}, which is saved")
     if metrics is not None and not int(metrics.used):
@@ -88,19 +88,26 @@ def train(
     return state
 
 
-def _save(folder: RunFolder, config: Config, step: int, state: MetaState) -> None:
+def _save(folder: RunFolder, trainer: Trainer, step: int, state: MetaState) -> None:
     folder.require_here()
-    checkpoints.save(folder.checkpoints, step, state, {"config": config.plain()})
+    note = {"config": trainer.config.plain()}
+    checkpoints.save(folder.checkpoints, step, trainer.stored(state), note)
 
 
-def _resumed(config: Config, folder: RunFolder, state: MetaState) -> MetaState:
+def _resumed(trainer: Trainer, folder: RunFolder, state: MetaState) -> MetaState:
     """Restore the newest checkpoint, and drop the metrics of later meta-steps."""
+    config = trainer.config
     require_unaltered(folder, config)
     if checkpoints.whole(folder.checkpoints):
-        state = checkpoints.restore(folder.checkpoints, state)
+        known, state = trainer.restored(folder.checkpoints)
+        if not jax.tree.all(jax.tree.map(np.array_equal, known.head, trainer.head)):
+            raise UserError(
+                f"{folder.path}: its checkpoints hold another random head than the trainer; "
+                "compile the trainer that trainer.restored(folder.checkpoints) returns"
+            )
     else:  # the run ended before its first checkpoint, or somebody removed the checkpoints
         last = max((line["step"] for line in folder.metrics()), default=0)
-        if last > config.checkpoint_every or folder.final_report() is not None:
+        if last > config.saved_every or folder.final_report() is not None:
             raise UserError(
                 f"{folder.path}: its metrics go to meta-step {last}, but no checkpoint is there; "
                 "put the folder checkpoints back, or start a new run"
@@ -121,7 +128,7 @@ def _stop(trainer: Trainer, block: Block, folder: RunFolder, state: MetaState) -
         if in_trouble(metrics):
             break
     step = int(before.step)
-    _save(folder, trainer.config, step, before)
+    _save(folder, trainer, step, before)
     gather = jax.jit(lambda tasks: tasks, out_shardings=trainer.everywhere)
     tasks = gather(trainer.batch(before, dataset))
     file = folder.save_batch(tasks)
@@ -142,7 +149,7 @@ def log_point(step: int, metrics: Metrics, tasks_per_second: float) -> dict[str,
     }
     line: dict[str, Any] = {"step": step}
     line |= {name: float(value) for name, value in figures.items()}
-    line |= {name: int(count) for name, count in metrics.counts._asdict().items()}
+    line |= {name: int(count) for name, count in metrics.counts.as_dict().items()}
     return line | {"tasks_per_second": tasks_per_second}
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int32, Key, PyTree
 
 from memmeta.data import (
     DataError,
@@ -30,9 +31,10 @@ from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._evaluation import Interval, confidence_interval
 from memmeta.meta._step import MetaState, MetaStep
-from memmeta.problem import Batch, MetaParams
+from memmeta.problem import Batch, MetaParams, Params
 from memmeta.runs import _blocks as blocks
 from memmeta.runs import _devices as devices
+from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
 
@@ -54,6 +56,7 @@ class Trainer:
         splits: the data by split name, on every device or on the host.
         training: the sampler of the training tasks.
         judged: the samplers of the tasks for evaluation, by their names in the report.
+        head: the random head that every task starts from; None if they start from zeros.
     """
 
     config: Config
@@ -62,6 +65,7 @@ class Trainer:
     splits: dict[str, Dataset | HostDataset]
     training: Episodes
     judged: dict[str, Episodes]
+    head: Params | None = None
 
     @property
     def everywhere(self) -> NamedSharding | None:
@@ -74,6 +78,27 @@ class Trainer:
         key = jax.random.key(self.config.seed)
         theta = jax.jit(self.learner.init)(jax.random.fold_in(key, INIT))
         return self.meta_step.init(theta, key)
+
+    def stored(self, state: MetaState) -> PyTree:
+        """What a checkpoint of a state holds: the state, and the random head if there is one."""
+        if self.head is None:
+            return state
+        head = jax.tree.map(jnp.asarray, self.head)
+        return {"state": state, "head": mesh_of.place(self.meta_step.mesh, head)}
+
+    def restored(self, folder: Path) -> tuple["Trainer", MetaState]:
+        """The trainer with the random head of the newest checkpoint in a folder, and its state.
+
+        Raises:
+            CheckpointError: there is no checkpoint, all are damaged, or it is of another model.
+        """
+        found = checkpoints.restore(folder, self.stored(self.init()))
+        if self.head is None:
+            return self, found
+        head = jax.device_get(found["head"])
+        learner = self.config.learner(self.splits["train"].example_shape, head=head)
+        meta_step = replace(self.meta_step, problem=learner.problem)
+        return replace(self, learner=learner, meta_step=meta_step, head=head), found["state"]
 
     def tasks(
         self,
@@ -114,13 +139,27 @@ class Trainer:
             return blocks.on_host(self.meta_step, self.batches, state, batch, where)
         return blocks.on_device(self.meta_step, self.batch, state, dataset, where)
 
+    @property
+    def judge(self) -> Learner:
+        """The method as it is evaluated."""
+        shape = self.splits["test"].example_shape
+        return self.config.learner(shape, test=True, head=self.head)
+
     @cached_property
     def evaluator(self) -> Callable[[MetaState, str, Episodes, int, int], Interval]:
-        """A function from (state, split, episodes, count, tag) to a mean accuracy.
+        """A function from (state, split, episodes, count, tag) to a mean accuracy."""
+        evaluate = self.accuracies
+        return lambda *where: _interval(evaluate(*where), where[1])
+
+    @cached_property
+    def accuracies(
+        self,
+    ) -> Callable[[MetaState, str, Episodes, int, int], Float[np.ndarray, " episodes"]]:
+        """A function from (state, split, episodes, count, tag) to the accuracy of each episode.
 
         It evaluates `count` episodes, which depend on the tag but not on the run's seed.
         """
-        learner = self.config.learner(self.splits["test"].example_shape, test=True)
+        learner = self.judge
         mesh = self.meta_step.mesh
         together = JUDGED_TOGETHER * mesh_of.shards(mesh)
 
@@ -135,7 +174,7 @@ class Trainer:
 
         def evaluate(
             state: MetaState, split: str, episodes: Episodes, count: int, tag: int
-        ) -> Interval:
+        ) -> Float[np.ndarray, " episodes"]:
             # The same episodes whatever the run's seed, so that runs can be compared.
             key = jax.random.fold_in(jax.random.key(0), tag)
             dataset = self.splits[split]
@@ -146,7 +185,7 @@ class Trainer:
                 # Wait for each result before the next call: with several programs under way, all
                 # threads of a CPU could be waiting for other devices, and none left to compute.
                 found.append(np.asarray(accuracies(state.meta_params, tasks)))
-            return _interval(np.concatenate(found)[:count], split)
+            return np.concatenate(found)[:count]
 
         return evaluate
 
@@ -206,6 +245,8 @@ def make_trainer(
         - `init()`: returns the state before the first meta-step;
         - `batch(state, split)`: returns the tasks of the meta-step that follows a state;
         - `compile()`: returns the block of meta-steps between two log points;
+        - `stored(state)`: returns what a checkpoint holds;
+        - `restored(folder)`: returns the trainer and the state of the newest checkpoint;
         - `evaluator(state, split, episodes, count, tag)`: returns the mean accuracy on `count`
           episodes that the sampler `episodes` draws.
 
@@ -222,14 +263,18 @@ def make_trainer(
     evaluation = config.test_episodes(train, normalised)
     training.check(train)
     for name, sampler in product(("validation", "test"), evaluation.values()):
-        sampler.check(_index(splits[name]))
-    learner = config.learner(splits["train"].example_shape)
+        try:
+            sampler.check(_index(splits[name]))
+        except DataError as error:
+            raise DataError(str(error).replace("queries=", "--test-queries=")) from error
+    head = config.drawn_head(splits["train"].example_shape)
+    learner = config.learner(splits["train"].example_shape, head=head)
     meta_step = learner.make_meta_step(
-        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh
+        config.optimizer(), task_chunk=config.task_chunk or "auto", mesh=mesh, report="full"
     )
     if not config.on_host:
         splits = {name: mesh_of.place(meta_step.mesh, split) for name, split in splits.items()}
-    return Trainer(config, learner, meta_step, splits, training, evaluation)
+    return Trainer(config, learner, meta_step, splits, training, evaluation, head)
 
 
 def _classes(split: Split | HostDataset) -> Dataset | HostDataset:

@@ -1,7 +1,9 @@
 """The literature's methods, each a few lines: which parameters adapt, how, and which estimator."""
 
 from collections.abc import Callable
+from typing import Any
 
+from memmeta import _checks
 from memmeta.few_shot.algorithms._closed_form import protonet, r2d2
 from memmeta.few_shot.algorithms._implicit import amigo, imaml, memory_reduced, stocbio
 from memmeta.few_shot.algorithms._learner import Learner
@@ -44,3 +46,7 @@ __all__ = [
     "reptile",
     "stocbio",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise _checks.no_attribute("memmeta.algorithms", name, __all__)

@@ -42,6 +42,8 @@ def closed_form_problem(
 ) -> Problem:
     """The problem of a method whose query outputs are a function of the features; φ is empty."""
     check_statistics(statistics)
+    vector = network.features is not None
+    _checks.require("network.features", network.features, vector, "features that are one vector")
 
     def embed(theta: MetaParams, task: Task) -> ClosedFormContext:
         support, query = features_of(network, theta["body"], task, statistics)
@@ -84,7 +86,7 @@ def r2d2(
         The learner; θ is {"body", "log_ridge", "scale", "shift"}.
 
     Raises:
-        ValueError: `ridge` is not positive.
+        ValueError: `ridge` is not positive, or the network's features are no vector.
 
     Source: Bertinetto, Henriques, Torr, Vedaldi, "Meta-learning with differentiable closed-form
     solvers" (ICLR 2019), equations 4 and 6.
@@ -154,7 +156,8 @@ def protonet(
         sizes = jnp.maximum(jnp.sum(members, axis=0), 1)[:, None]
         prototypes = members.T @ support / sizes
         squares = jnp.sum(query**2, axis=1)[:, None] + jnp.sum(prototypes**2, axis=1)
-        return 2 * query @ prototypes.T - squares
+        logits: Array = 2 * query @ prototypes.T - squares
+        return logits
 
     problem = closed_form_problem(network, outputs, statistics, loss)
     return Learner(problem, InnerLoop(steps=0), hypergradient.unrolled(), body_alone(network))

@@ -2,7 +2,7 @@ r"""Methods that differentiate the inner solution: memory does not grow with the
 
 from memmeta import hypergradient, linear_solve
 from memmeta.few_shot._examples import Loss
-from memmeta.few_shot._networks import Statistics, head_problem, network_problem
+from memmeta.few_shot._networks import Adapts, Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, gradient_descent
 from memmeta.models import Network
@@ -72,6 +72,7 @@ def imaml(
     inner: InnerLoop = InnerLoop(gradient_descent(), steps=16),
     proximal: float = 2.0,
     cg_steps: int = 5,
+    adapts: Adapts = "all",
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
@@ -86,6 +87,8 @@ def imaml(
         proximal: λ. A batch-normalised network has negative curvature of its own: watch
             `report.smallest_curvature`, and raise λ where it is not positive.
         cg_steps: conjugate-gradient steps.
+        adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
+            the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
         loss: of each example; None: cross-entropy of class indices, squared error of values.
 
@@ -99,7 +102,7 @@ def imaml(
         >>> imaml(conv4(ways=5, width=8, head_scale=1.0)).inner.steps
         16
     """
-    problem = network_problem(network, "all", proximal=proximal, statistics=statistics, loss=loss)
+    problem = network_problem(network, adapts, proximal=proximal, statistics=statistics, loss=loss)
     estimator = hypergradient.implicit(linear_solve.cg(cg_steps))
     return Learner(problem, inner, estimator, network.init)
 

@@ -12,7 +12,7 @@ from memmeta.hypergradient import Estimator
 from memmeta.inner import InnerLoop
 from memmeta.meta._evaluation import Evaluation, evaluate
 from memmeta.meta._metrics import DEFAULT_GUARD, Guard
-from memmeta.meta._step import MetaStep, TaskChunk, make_meta_step
+from memmeta.meta._step import MetaStep, ReportLevel, TaskChunk, make_meta_step
 from memmeta.models import Network
 from memmeta.problem import Batch, MetaParams, Problem
 
@@ -41,11 +41,12 @@ class Learner:
         mesh: Mesh | None = None,
         guard: Guard | None = DEFAULT_GUARD,
         strict: bool = False,
+        report: ReportLevel = "light",
     ) -> MetaStep:
         """`memmeta.make_meta_step` with this method's problem, inner loop and estimator."""
         parts = (self.problem, self.inner, self.estimator, optimizer)
-        options: Any = {"task_chunk": task_chunk, "mesh": mesh, "guard": guard, "strict": strict}
-        return make_meta_step(*parts, **options)
+        options: Any = {"task_chunk": task_chunk, "mesh": mesh, "guard": guard}
+        return make_meta_step(*parts, **options, strict=strict, report=report)
 
     def evaluate(
         self,

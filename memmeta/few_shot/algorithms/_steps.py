@@ -11,7 +11,13 @@ from jaxtyping import Array, Key
 from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
 from memmeta.few_shot._examples import Loss
-from memmeta.few_shot._networks import NetworkContext, Statistics, head_problem, network_problem
+from memmeta.few_shot._networks import (
+    Adapts,
+    NetworkContext,
+    Statistics,
+    head_problem,
+    network_problem,
+)
 from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop, InnerSolver
 from memmeta.models import Network
@@ -22,6 +28,7 @@ def maml(
     network: Network,
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.4), steps=1),
+    adapts: Adapts = "all",
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
@@ -31,6 +38,8 @@ def maml(
         network: body and head, both θ and φ. Give the head a random start.
         inner: the inner loop, in training and, unless told otherwise, at test. As the authors of
             `memory_reduced` ran it: `InnerLoop(optax.sgd(0.5), steps=3)`.
+        adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
+            the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
         loss: of each example; None: cross-entropy of class indices, squared error of values.
 
@@ -46,7 +55,7 @@ def maml(
         >>> sorted(learner.init(jax.random.key(0)))
         ['body', 'head']
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
+    problem = network_problem(network, adapts, proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.unrolled(), network.init)
 
 

@@ -4,7 +4,7 @@ import optax
 
 from memmeta import hypergradient
 from memmeta.few_shot._examples import Loss
-from memmeta.few_shot._networks import Statistics, head_problem, network_problem
+from memmeta.few_shot._networks import Adapts, Statistics, head_problem, network_problem
 from memmeta.few_shot.algorithms._learner import Learner, body_alone
 from memmeta.inner import InnerLoop
 from memmeta.models import Network
@@ -15,6 +15,7 @@ def fomaml(
     network: Network,
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.4), steps=1),
+    adapts: Adapts = "all",
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
@@ -23,6 +24,8 @@ def fomaml(
     Args:
         network: body and head, both θ and φ.
         inner: the inner loop.
+        adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
+            the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
         loss: of each example; None: cross-entropy of class indices, squared error of values.
 
@@ -35,7 +38,7 @@ def fomaml(
         >>> from memmeta.models import conv4
         >>> learner = fomaml(conv4(ways=5, width=8, head_scale=1.0))
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
+    problem = network_problem(network, adapts, proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.first_order(), network.init)
 
 
@@ -43,6 +46,7 @@ def reptile(
     network: Network,
     *,
     inner: InnerLoop = InnerLoop(optax.sgd(0.1), steps=5),
+    adapts: Adapts = "all",
     statistics: Statistics = "transductive",
     loss: Loss | None = None,
 ) -> Learner:
@@ -51,6 +55,8 @@ def reptile(
     Args:
         network: body and head, both θ and φ.
         inner: the inner loop.
+        adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
+            the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
         loss: of each example; None: cross-entropy of class indices, squared error of values.
 
@@ -63,7 +69,7 @@ def reptile(
         >>> from memmeta.models import conv4
         >>> learner = reptile(conv4(ways=5, width=8, head_scale=1.0))
     """
-    problem = network_problem(network, "all", proximal=0.0, statistics=statistics, loss=loss)
+    problem = network_problem(network, adapts, proximal=0.0, statistics=statistics, loss=loss)
     return Learner(problem, inner, hypergradient.reptile(), network.init)
 
 

@@ -68,6 +68,7 @@ def judge_all(
     episodes: int,
     data_dir: Path | None = None,
     limits: Limits = Limits(),
+    network: str | None = None,
 ) -> list[Judged]:
     """Read run folders and evaluate the newest checkpoint of each run on test episodes.
 
@@ -76,6 +77,7 @@ def judge_all(
         episodes: the number of test episodes of each group, at least 2.
         data_dir: the folder of the runs' data, if these are not part of the package.
         limits: limits on what data files may contain.
+        network: the network of the user's own that the runs have; None without one.
 
     Returns:
         For each run an object with the attributes that `write` shows:
@@ -98,7 +100,7 @@ def judge_all(
     if len(set(names)) < len(names):
         names = ["/".join(path.resolve().parts[-2:]) for path in paths]
     pairs = zip(paths, names, strict=True)
-    return [judge(path, name, episodes, data_dir, limits) for path, name in pairs]
+    return [judge(path, name, episodes, data_dir, limits, network) for path, name in pairs]
 
 
 def judge(
@@ -107,6 +109,7 @@ def judge(
     episodes: int,
     data_dir: Path | None = None,
     limits: Limits = Limits(),
+    network: str | None = None,
 ) -> Judged:
     """Evaluate one run for `judge_all`, which chooses its name on the page."""
     folder = RunFolder(path)
@@ -115,14 +118,13 @@ def judge(
     if not checkpoints.whole(folder.checkpoints):
         return known(None, {}, None)
     require_unaltered(folder, config)
-    trainer = make_trainer(confirmed(config, data_dir), limits=limits)
-    state = checkpoints.restore(folder.checkpoints, trainer.init())
+    made = make_trainer(confirmed(config, data_dir, network), limits=limits)
+    trainer, state = made.restored(folder.checkpoints)
     test = trainer.splits["test"]
     dataset = test.to_device() if isinstance(test, HostDataset) else test
-    learner = config.learner(dataset.example_shape, test=True)
     sampler = trainer.judged["any styles"]
-    groups = by_group(learner, state.meta_params, dataset, sampler, episodes)
-    episode = one_episode(learner, state.meta_params, dataset, sampler, config.ways)
+    groups = by_group(trainer.judge, state.meta_params, dataset, sampler, episodes)
+    episode = one_episode(trainer.judge, state.meta_params, dataset, sampler, config.ways)
     return known(int(state.step), groups, episode)
 
 

@@ -1,0 +1,85 @@
+"""Networks of the command line by name, one of the user's own included."""
+
+import importlib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from memmeta import models
+from memmeta.models import Network
+
+MODULE = "module:"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def is_module(name: str) -> bool:
+    """Whether a name stands for code of the user's own, which building the network runs."""
+    return name.startswith(MODULE)
+
+
+def network(
+    name: str,
+    ways: int,
+    image_shape: tuple[int, int, int],
+    *,
+    width: int,
+    round_up: bool,
+    dtype: str,
+) -> Network:
+    """The network of a name.
+
+    Args:
+        name: "conv4", "resnet12", "mlp", or "module:PATH.TO:FACTORY", a function of (ways,
+            image_shape) that returns a `Network`.
+        ways: outputs.
+        image_shape: height, width and channels.
+        width: filters of a block of conv4, a quarter of those of the last of resnet12; units of
+            both layers of mlp.
+        round_up: how conv4 pools odd sides.
+        dtype: what features are computed in, "float32" or "bfloat16".
+
+    Raises:
+        ValueError: there is no network of that name, or its factory does not make one.
+    """
+    options = {"head_scale": 1.0, "dtype": DTYPES[dtype]}
+    if name == "conv4":
+        made = models.conv4(
+            ways, width=width, image_shape=image_shape, round_up=round_up, **options
+        )
+    elif name == "resnet12":
+        widths = (width, 2 * width, 3 * width, 4 * width)
+        made = models.resnet12(ways, widths=widths, image_shape=image_shape, **options)
+    elif name == "mlp":
+        made = models.mlp(ways, (width, width), image_shape, **options)
+    elif is_module(name):
+        try:
+            found = _factory(name)(ways, image_shape)
+        except TypeError as error:
+            raise ValueError(
+                f"--network {name}: called with (ways, image_shape): {error}"
+            ) from error
+        if not isinstance(found, Network):
+            raise ValueError(
+                f"--network {name}: returned {type(found).__name__}, expected a "
+                "memmeta.models.Network, such as memmeta.models.from_linen makes"
+            )
+        made = found
+    else:
+        raise ValueError(
+            f"--network {name}: expected conv4, resnet12, mlp or module:PATH.TO:FACTORY"
+        )
+    return made
+
+
+def _factory(name: str) -> Callable[[int, tuple[int, int, int]], object]:
+    path, _, attribute = name.removeprefix(MODULE).partition(":")
+    try:
+        found: object = getattr(importlib.import_module(path), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--network {name}: {error}; expected module:PATH.TO:FACTORY, where `import PATH.TO` "
+            "works and FACTORY is a function of it"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"--network {name}: {attribute} is no function")
+    return found
