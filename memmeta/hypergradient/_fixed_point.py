@@ -12,7 +12,7 @@ from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, 
 from memmeta.hypergradient._seam import Estimator
 from memmeta.inner import InnerLoop, InnerState
 from memmeta.linear_solve import LinearSolver, gmres
-from memmeta.linear_solve._solution import Product, unit
+from memmeta.linear_solve._solution import Product, Vector, unit
 from memmeta.problem import Context, Params, Problem, Scalar
 
 POWERS = 5
@@ -123,7 +123,7 @@ def step_map(problem: Problem, inner: InnerLoop, rest: Any, key: Key[Array, ""])
     return step
 
 
-def contraction(product: Product, start: Point) -> Scalar:
+def contraction(product: Product, start: Vector) -> Scalar:
     r"""The rate (‖J²ᵐ u‖ / ‖Jᵐ u‖)^(1/m) at which J, the derivative of a step, shrinks a vector.
 
     Its limit is the spectral radius of J, which decides whether the steps approach a fixed point;
@@ -135,7 +135,7 @@ def contraction(product: Product, start: Point) -> Scalar:
         0.9
     """
 
-    def shrink(vector: Point, _: None) -> tuple[Point, Array]:
+    def shrink(vector: Vector, _: None) -> tuple[Vector, Array]:
         image = product(unit(vector)[0])
         return image, trees.norm(image)
 
