@@ -171,7 +171,7 @@ def doubles(tree):
 
 def each(tasks):
     for number in range(2):
-        task = Task(*(leaf[number] for leaf in tasks))
+        task = jax.tree.map(lambda leaf, at=number: leaf[at], tasks)
         inputs = doubles((task.support_inputs, task.query_inputs))
         yield Task(inputs[0], task.support_targets, inputs[1], task.query_targets)
 

@@ -32,12 +32,14 @@ def test_a_task_depends_on_its_number_alone(name):
     tasks = draw(family, key, 6, 0)
     assert tasks.support_inputs.shape == (6, 5, *family.example_shape)
     assert tasks.query_targets.shape == (6, 7, 1)
-    for found, expected in zip(draw(family, key, 2, jnp.int32(4)), tasks, strict=True):
+    for found, expected in zip(
+        *map(jax.tree.leaves, (draw(family, key, 2, jnp.int32(4)), tasks)), strict=True
+    ):
         assert found.dtype == jnp.float32
         np.testing.assert_array_equal(found, expected[4:])
     with jax.enable_x64(True):
         alone = spec.sample(family, jax.random.fold_in(key, 5))
-    for found, expected in zip(alone, tasks, strict=True):
+    for found, expected in zip(*map(jax.tree.leaves, (alone, tasks)), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected[5], atol=1e-5)
 

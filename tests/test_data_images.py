@@ -205,7 +205,9 @@ def test_uneven_episodes_take_what_there_is(shots, caplog):
     assert "1 of 4 classes" in caplog.text  # one example cannot be both support and query
     tasks = jax.jit(episodes.sample_batch, static_argnums=2)(dataset, jax.random.key(0), 50)
     class_of = np.repeat(np.arange(4), [1, 2, 3, 9])
-    for support, labels, query, query_labels in zip(*map(np.asarray, tasks), strict=True):
+    for support, labels, query, query_labels in zip(
+        *map(np.asarray, jax.tree.leaves(tasks)), strict=True
+    ):
         used, asked = support[labels >= 0, 0], query[query_labels >= 0, 0]
         assert not set(used) & set(asked)
         for label in range(3):

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.problems.as_released import SETTINGS, STAND_INS
 from benchmarks.reproduce import _run
 from benchmarks.reproduce.__main__ import arguments, available, plans, run_all, table
-from benchmarks.reproduce._paper import SETTINGS, STAND_INS
 from benchmarks.reproduce._run import run
 
 QUICK = arguments(["--quick"])

@@ -22,7 +22,6 @@ from benchmarks.harness.programs import compiled, temporary_megabytes
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import confidence_interval
-from memmeta.meta._metrics import KINDS
 from memmeta.problem import MetaParams, Task
 
 BASELINE = "gaussian_process"
@@ -93,19 +92,23 @@ def train_program(job: Job, learner: Learner, dataset: Split) -> tuple[Any, Call
     def block(
         state: mm.MetaState, dataset: Split, count: Int32[Array, ""], total: Int32[Array, ""]
     ) -> tuple[mm.MetaState, dict[str, Array]]:
-        def body(_: Array, carry: tuple[mm.MetaState, dict[str, Array]]) -> tuple:
-            state, sums = carry
+        def one(state: mm.MetaState) -> tuple[mm.MetaState, dict[str, Array]]:
             share = state.step.astype(jnp.float32) / total.astype(jnp.float32)
             fall = 0.5 * (1 + jnp.cos(jnp.pi * share)) if recipe.cosine else jnp.ones_like(share)
             rates = state.optimizer.hyperparams | {"learning_rate": recipe.rate * fall}
             state = state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
             tasks = sample(dataset, jax.random.fold_in(state.key, state.step), job.sizes.tasks)
             state, metrics = step.update(state, tasks)
-            found = {"loss": metrics.loss, **metrics.counts.as_dict()}
-            return state, jax.tree.map(lambda s, f: s + f.astype(s.dtype), sums, found)
+            return state, {"loss": metrics.loss, **metrics.counts.as_dict()}
 
-        counts = dict.fromkeys(KINDS, jnp.int32(0))
-        return jax.lax.fori_loop(0, count, body, (state, {"loss": jnp.float32(0), **counts}))
+        def body(_: Array, carry: tuple[mm.MetaState, dict[str, Array]]) -> tuple:
+            state, found = one(carry[0])
+            return state, jax.tree.map(jnp.add, carry[1], found)
+
+        zeros = jax.tree.map(
+            lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(one, state)[1]
+        )
+        return jax.lax.fori_loop(0, count, body, (state, zeros))
 
     shape = jax.eval_shape(start, jax.random.key(0))
     arguments = (shape, dataset, jnp.int32(1), jnp.int32(1))

@@ -15,7 +15,7 @@ import optax
 
 import memmeta as mm
 from benchmarks.accuracy import regression
-from benchmarks.reproduce import _paper as paper
+from benchmarks.problems import as_released as paper
 from memmeta.data import Dataset
 from memmeta.few_shot import Statistics
 from memmeta.few_shot.algorithms import METHODS, Learner

@@ -4,7 +4,7 @@
     python -m benchmarks.reproduce                               # embedded data of the same shapes
     python -m benchmarks.reproduce --quick                       # to see that everything works
 
-5-way 5-shot, 25 query images, 32 tasks a step; every number of the authors' is in `_paper.py`.
+5-way 5-shot, 25 query images, 32 tasks a step; the authors' numbers: `problems/as_released.py`.
 Accuracy is shown by their test, 20 rounds of 32 tasks with 20 steps of the head at 0.05 from the
 stored head on frozen features whatever the method, and by a fair one: each method adapted as it was
 trained, 600 episodes; both with 95 % intervals. Cost is shown for the baselines as released, their
@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.problems.as_released import METHODS, PRINTED, SETTINGS, STAND_INS, TASKS, Setting
 from benchmarks.reproduce._data import read
-from benchmarks.reproduce._paper import METHODS, PRINTED, SETTINGS, STAND_INS, TASKS, Setting
 from benchmarks.reproduce._run import Plan, run
 from memmeta.data import DataError
 

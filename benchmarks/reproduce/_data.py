@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.reproduce._paper import QUERIES, SHOTS, WAYS, Setting
+from benchmarks.problems.as_released import QUERIES, SHOTS, WAYS, Setting
 from memmeta.data import DataError, Episodes, HostDataset, HostEpisodes, load_host
 
 

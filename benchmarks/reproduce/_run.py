@@ -10,8 +10,7 @@ import numpy as np
 import optax
 from jax.stages import Compiled
 
-from benchmarks.reproduce._data import read, sampler
-from benchmarks.reproduce._paper import (
+from benchmarks.problems.as_released import (
     TEST_HEAD,
     TEST_ROUNDS,
     Method,
@@ -20,6 +19,7 @@ from benchmarks.reproduce._paper import (
     learner,
     network,
 )
+from benchmarks.reproduce._data import read, sampler
 from memmeta.data import HostDataset
 from memmeta.few_shot import head_problem
 from memmeta.inner import InnerLoop

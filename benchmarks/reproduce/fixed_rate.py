@@ -18,8 +18,8 @@ import optax
 from jaxtyping import Array
 
 import memmeta as mm
+from benchmarks.problems.as_released import STAND_INS, network
 from benchmarks.reproduce._data import read, sampler
-from benchmarks.reproduce._paper import STAND_INS, network
 from memmeta.few_shot.algorithms import Learner
 from memmeta.linear_solve import cg, extreme_eigenvalues
 from memmeta.models import Network
