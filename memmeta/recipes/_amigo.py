@@ -12,10 +12,10 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._views import View
 from memmeta.meta import WarmStart
 from memmeta.problem import Params, Problem, hessian_product, products
-from memmeta.recipes._directions import made, moved, outer_at
+from memmeta.recipes._directions import OUTER, made, moved, outer_at
 
-LINEAR, OUTER = 2**31 - 4, 2**31 - 5
-"""What keeps the draws of the linear steps and of the outer one apart from those of φ."""
+LINEAR = 2**31 - 4
+"""What keeps the draws of the linear steps apart from those of φ."""
 
 
 def amigo(

@@ -18,6 +18,9 @@ from memmeta.linear_solve._solution import dot
 from memmeta.meta import WarmStart, make_meta_step
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext, products
 
+OUTER = 2**31 - 5
+"""What keeps the draws of the hypergradient apart from those of φ."""
+
 
 class Outer(NamedTuple):
     """f and its derivatives at a point.

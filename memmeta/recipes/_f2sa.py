@@ -13,10 +13,7 @@ from memmeta.inner import InnerLoop
 from memmeta.inner._views import View
 from memmeta.meta import WarmStart
 from memmeta.problem import Context, Params, Problem, Scalar
-from memmeta.recipes._directions import made
-
-OUTER = 2**31 - 5
-"""What keeps the draws of the hypergradient apart from those of φ."""
+from memmeta.recipes._directions import OUTER, made
 
 
 def f2sa(
