@@ -140,7 +140,11 @@ def test_errors_in_theta_bound_a_whole_meta_step(x64):
     example = head_example(tasks=3)
     inner = mm.InnerLoop(steps=4)
     step = mm.make_meta_step(
-        example.problem, inner, mm.hypergradient.implicit(linear_solve.cg(3)), optax.sgd(0.1)
+        example.problem,
+        inner,
+        mm.hypergradient.implicit(linear_solve.cg(3)),
+        optax.sgd(0.1),
+        report="full",
     )
     found, metrics = jax.jit(step.gradient)(step.init(example.theta), example.tasks)
     exact = jax.tree.map(lambda g: g / 3, jax.jit(lambda: exact_hypergradient(example))())

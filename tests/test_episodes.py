@@ -181,10 +181,10 @@ def test_a_task_depends_on_its_number_alone(spec):
     later = draw(spec, dataset, key, first=MANY - 2)
     with jax.enable_x64(True):
         alone = jax.jit(spec.sample)(dataset, jax.random.fold_in(key, MANY - 1))
-    for name in tasks._fields:
-        np.testing.assert_array_equal(getattr(tasks, name)[-2:], getattr(later, name)[:2])
-        np.testing.assert_array_equal(getattr(tasks, name)[-1], getattr(alone, name))
-        assert getattr(tasks, name).dtype == getattr(alone, name).dtype
+    for some, others, one in zip(*map(jax.tree.leaves, (tasks, later, alone)), strict=True):
+        np.testing.assert_array_equal(some[-2:], others[:2])
+        np.testing.assert_array_equal(some[-1], one)
+        assert some.dtype == one.dtype
 
 
 def test_sharding_over_devices_changes_nothing():
@@ -193,7 +193,8 @@ def test_sharding_over_devices_changes_nothing():
     sharding = jax.NamedSharding(devices, jax.P("tasks"))
     spread = jax.jit(spec.sample_batch, static_argnums=2, out_shardings=sharding)
     tasks = spread(dataset, key, 2 * jax.device_count())
-    for found, expected in zip(tasks, draw(spec, dataset, key), strict=True):
+    together = draw(spec, dataset, key)
+    for found, expected in zip(*map(jax.tree.leaves, (tasks, together)), strict=True):
         np.testing.assert_array_equal(found, expected[: len(found)])
 
 

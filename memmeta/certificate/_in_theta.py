@@ -44,7 +44,8 @@ def error_in_theta(
         problem: whose `embed` is looked at.
         meta_params: θ.
         tasks: every leaf with a leading axis of tasks, all of weight 1.
-        bounds: [tasks] on ‖∇̂F_i − ∇F_i‖ in the context: `metrics.tasks.report.error_bound`.
+        bounds: [tasks] on ‖∇̂F_i − ∇F_i‖ in the context: `metrics.tasks.report.error_bound` of a
+            step made with `report="full"`.
         key: of the directions; has to be independent of θ and the tasks.
         failure: the chance that any of the norms is larger than what is taken for it, in (0, 1).
         steps: k; the norms come out too large by a factor of about (n/p)^(1/4k) for n numbers in θ
