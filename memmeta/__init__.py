@@ -10,6 +10,7 @@ from typing import Any
 from memmeta import _checks, certificate, hypergradient, inner, linear_solve, meta
 from memmeta.hypergradient import implicit_solution
 from memmeta.inner import InnerLoop
+from memmeta.linear_solve import optimistix_adjoint
 from memmeta.meta import (
     MetaState,
     MetaStep,
@@ -53,6 +54,7 @@ __all__ = [
     "make_meta_step",
     "meta",
     "models",
+    "optimistix_adjoint",
     "recipes",
     "runs",
 ]

@@ -15,12 +15,14 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from memmeta import _trees as trees
 
 __all__ = [
+    "Composite",
     "Deviations",
     "LinearHead",
     "Problem",
     "SplitContext",
     "Structure",
     "Task",
+    "gauss_newton_product",
     "hessian_product",
 ]
 
@@ -102,6 +104,25 @@ class LinearHead:
     ridge: Scalar
 
 
+@dataclass(frozen=True)
+class Composite:
+    r"""One task's inner loss as a convex function of a model's outputs, and a quadratic.
+
+        g(φ) = loss(outputs(φ)) + ridge/2 ‖φ − anchor‖²,      loss convex
+
+    Its Gauss–Newton matrix Jᵀ ∂²loss J + ridge · I, with J = ∂outputs, is never indefinite.
+
+    Attributes:
+        outputs: φ -> Z, an array of any shape: those of a network on the support examples.
+        loss: Z -> ℓ.
+        ridge: the strength of the ridge or proximal term, whatever its anchor.
+    """
+
+    outputs: Callable[[Params], Array]
+    loss: Callable[[Array], Scalar]
+    ridge: Scalar | float
+
+
 def stacked(params: Params) -> Float[Array, "augmented ways"]:
     """Φ = [kernel; bias] of a linear head as one matrix, in float32 at least."""
     matrix = jnp.concatenate([params["kernel"], params["bias"][None]])
@@ -122,6 +143,8 @@ class Structure:
         head: context -> `LinearHead`. Lets `woodbury` and `sample_space` work on (support × ways)
             numbers, however many features there are. φ must then be {"kernel": [features, ways],
             "bias": [ways]}.
+        composite: context -> `Composite`. Lets products be Gauss–Newton ones and `kronecker` see
+            the layers. Not needed where there is a `head`.
         deviations: (problem, φ̂, v̂, radius, context) -> `Deviations` for every φ* within that
             distance of φ̂. With it and `Problem.strong_convexity` every implicit hypergradient has
             a rigorous error bound.
@@ -136,6 +159,18 @@ class Structure:
     deviations: "Callable[[Problem, Params, Params, Scalar, Context], Deviations] | None" = None
     solver: Callable[..., Any] | None = None
     check: Callable[[Batch], None] | None = None
+    composite: Callable[[Context], Composite] | None = None
+
+    def composed(self, context: Context) -> Composite | None:
+        """The `composite` of a context, or what the `head` says of it; None where neither is."""
+        if self.composite is not None:
+            return self.composite(context)
+        if self.head is None:
+            return None
+        head = self.head(context)
+        return Composite(
+            lambda params: head.features @ stacked(params), head.support_loss, head.ridge
+        )
 
 
 @dataclass(frozen=True)
@@ -229,6 +264,70 @@ def hessian_product(
     # The Hessian is its own transpose.
     gradient, transposed = jax.vjp(slope, params)
     return gradient, lambda u: transposed(u)[0]
+
+
+def gauss_newton_product(
+    problem: Problem, params: Params, context: Context
+) -> Callable[[Params], Params]:
+    r"""u ↦ (Jᵀ ∂²ℓ J + ρ I) u at φ: the Hessian without the curvature of the model itself.
+
+    $$\partial^2_{\phi\phi} g = J^\top \partial^2\ell \, J + \rho I
+      + \sum_k \frac{\partial\ell}{\partial Z_k} \partial^2_{\phi\phi} Z_k$$
+
+    Equal to the Hessian where the outputs Z are linear in φ or their loss ℓ has no slope.
+
+    Args:
+        problem: with a `structure.composite` or a `structure.head`.
+        params: φ.
+        context: of one task.
+
+    Returns:
+        The product.
+
+    Raises:
+        ValueError: the problem has neither.
+
+    Source: Schraudolph (2002); Martens (2020), section 8.
+
+    Example:
+        >>> fit = Composite(lambda phi: phi**2, lambda z: 0.5 * jnp.sum(z**2), 1.0)
+        >>> g = Problem(
+        ...     embed=lambda theta, batch: batch,
+        ...     inner_loss=lambda phi, c: fit.loss(fit.outputs(phi)) + 0.5 * jnp.sum(phi**2),
+        ...     outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        ...     init=lambda theta: theta,
+        ...     structure=Structure(composite=lambda c: fit),
+        ... )
+        >>> gauss_newton_product(g, jnp.array([2.0]), None)(jnp.ones(1)).tolist()
+        [17.0]
+    """
+    fit = require_composite(problem, context, "gauss_newton")
+    # As in `hessian_product`: φ alone is kept between products.
+    outputs = jax.checkpoint(fit.outputs)
+
+    def product(u: Params) -> Params:
+        values, tangent = jax.jvp(outputs, (params,), (u,))
+        curved = jax.jvp(jax.grad(fit.loss), (values,), (tangent,))[1]
+        (image,) = jax.vjp(outputs, params)[1](curved)
+        return jax.tree.map(lambda a, b: a + jnp.asarray(fit.ridge, b.dtype) * b, image, u)
+
+    return product
+
+
+def require_composite(problem: Problem | None, context: Context, name: str) -> Composite:
+    """The problem's `Composite` at a context.
+
+    Raises:
+        ValueError: it has none, naming who asks.
+    """
+    fit = None if problem is None else problem.structure.composed(context)
+    if fit is None:
+        raise ValueError(
+            f"{name}: expected a problem with a `structure.composite` (or a `structure.head`), "
+            "found None. Give Problem(structure=Structure(composite=lambda context: "
+            "Composite(outputs, loss, ridge))), or use products='hessian' and nystrom()."
+        )
+    return fit
 
 
 def _require_no_forward_rule(error: TypeError) -> None:

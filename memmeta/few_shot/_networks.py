@@ -20,7 +20,7 @@ from memmeta.few_shot._losses import linear_head_problem
 from memmeta.few_shot._tasks import check_tasks
 from memmeta.models import Network, linear_head
 from memmeta.models._network import Features
-from memmeta.problem import MetaParams, Params, Problem, Scalar, Structure, Task
+from memmeta.problem import Composite, MetaParams, Params, Problem, Scalar, Structure, Task
 
 Statistics: TypeAlias = Literal["transductive", "support", "separate"]
 """Which images give the batch statistics. "support": the support images, for both parts alike, so
@@ -153,20 +153,29 @@ def head_problem(
     def init(theta: MetaParams) -> Params:
         return theta["head"] if learn_start else fixed()
 
-    structure = Structure(check=partial(check_tasks, network.ways, loss))
+    check = partial(check_tasks, network.ways, loss)
     if network.head is linear_head and loss is None:
         problem = linear_head_problem(embed, init, ridge)
-        return replace(problem, structure=replace(problem.structure, check=structure.check))
+        return replace(problem, structure=replace(problem.structure, check=check))
     losses = of_examples(loss)
 
+    def composite(context: HeadContext) -> Composite:
+        return Composite(
+            lambda head: network.head(head, context.support_features),
+            lambda outputs: support_mean(losses, outputs, context.support_targets),
+            ridge,
+        )
+
     def inner_loss(head: Params, context: HeadContext) -> Scalar:
-        outputs = network.head(head, context.support_features)
-        return support_mean(losses, outputs, context.support_targets) + half_square(ridge, head)
+        fit = composite(context)
+        return fit.loss(fit.outputs(head)) + half_square(ridge, head)
 
     def outer_loss(head: Params, context: HeadContext) -> tuple[Scalar, Any]:
         outputs = network.head(head, context.query_features)
         return query_mean(losses, outputs, context.query_targets, context.support_targets)
 
+    # of a user's loss it is not known whether it is convex in the outputs
+    structure = Structure(check=check, composite=composite if loss is None else None)
     return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 
 
@@ -211,14 +220,24 @@ def network_problem(
         chosen, rest = parts(theta)
         return NetworkContext(rest, chosen if proximal else None, task)
 
-    def inner_loss(params: Params, context: NetworkContext) -> Scalar:
-        network_params = trees.merge(params, context.rest)
+    def composite(context: NetworkContext) -> Composite:
         inputs = context.task.support_inputs
         weights = present(context.task.support_targets)
         key = key_of(context.task, "support")
-        features = network.noisy_body(network_params["body"], inputs, weights, key)
-        outputs = network.head(network_params["head"], features)
-        mean = support_mean(losses, outputs, context.task.support_targets)
+
+        def outputs(params: Params) -> Array:
+            network_params = trees.merge(params, context.rest)
+            features = network.noisy_body(network_params["body"], inputs, weights, key)
+            found: Array = network.head(network_params["head"], features)
+            return found
+
+        targets = context.task.support_targets
+        mean = partial(support_mean, losses, targets=targets)
+        return Composite(outputs, mean, proximal)
+
+    def inner_loss(params: Params, context: NetworkContext) -> Scalar:
+        fit = composite(context)
+        mean = fit.loss(fit.outputs(params))
         if context.anchor is None:
             return mean
         return mean + half_square(proximal, jax.tree.map(jnp.subtract, params, context.anchor))
@@ -236,7 +255,9 @@ def network_problem(
         targets = (context.task.query_targets, context.task.support_targets)
         return query_mean(losses, outputs, *targets)
 
-    structure = Structure(check=partial(check_tasks, network.ways, loss))
+    check = partial(check_tasks, network.ways, loss)
+    # of a user's loss it is not known whether it is convex in the outputs
+    structure = Structure(check=check, composite=composite if loss is None else None)
     init = lambda theta: parts(theta)[0]  # noqa: E731
     return Problem(embed, inner_loss, outer_loss, init, structure=structure)
 

@@ -8,6 +8,7 @@ from memmeta.hypergradient._estimator import TaskGradient, per_task, report_of_l
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile
+from memmeta.hypergradient._fixed_point import fixed_point
 from memmeta.hypergradient._forward_mode import forward_mode
 from memmeta.hypergradient._hessian_free import hessian_free
 from memmeta.hypergradient._implicit import implicit
@@ -29,6 +30,7 @@ __all__ = [
     "evolution_strategies",
     "finite_difference",
     "first_order",
+    "fixed_point",
     "forward_mode",
     "hessian_free",
     "implicit",

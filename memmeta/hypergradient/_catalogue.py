@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile
+from memmeta.hypergradient._fixed_point import fixed_point
 from memmeta.hypergradient._forward_mode import forward_mode
 from memmeta.hypergradient._hessian_free import hessian_free
 from memmeta.hypergradient._implicit import implicit
@@ -15,7 +16,7 @@ from memmeta.hypergradient._sample_space import sample_space
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._truncated import truncated
 from memmeta.hypergradient._unrolled import unrolled
-from memmeta.linear_solve import direct, minres, neumann, woodbury
+from memmeta.linear_solve import direct, gmres, minres, neumann, woodbury
 
 
 class Entry(NamedTuple):
@@ -45,6 +46,8 @@ ESTIMATORS: dict[str, Entry] = {
     "implicit-neumann": Entry(lambda: implicit(neumann(1000)), "solution", "flat"),
     "implicit-direct": Entry(lambda: implicit(direct()), "solution", "flat"),
     "implicit-woodbury": Entry(lambda: implicit(woodbury()), "solution", "flat", heads=True),
+    "fixed_point": Entry(lambda: fixed_point(gmres(40)), "solution", "flat"),
+    "implicit-gmres": Entry(lambda: implicit(gmres(40)), "solution", "flat"),
     "perturbed": Entry(perturbed, "solution", "flat", error=1e-9),
     "sample_space-solution": Entry(
         lambda: sample_space("solution"), "solution", "flat", heads=True

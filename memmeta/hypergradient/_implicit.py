@@ -1,11 +1,12 @@
 r"""The implicit hypergradient: the last inner iterate, one linear solve, one mixed product."""
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.certificate._bound import Measured
 from memmeta.certificate._certify import certify_measured
@@ -28,7 +29,17 @@ from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
 from memmeta.inner._views import View
 from memmeta.linear_solve import LinearSolution, LinearSolver, cg
-from memmeta.problem import Context, Params, Problem, Scalar, SplitContext, hessian_product
+from memmeta.problem import (
+    Context,
+    Params,
+    Problem,
+    Scalar,
+    SplitContext,
+    gauss_newton_product,
+    hessian_product,
+)
+
+Matrix: TypeAlias = Literal["hessian", "gauss_newton"]
 
 SYSTEM = 2**31 - 4
 """What keeps the draws of the linear system apart from those of the inner steps."""
@@ -40,6 +51,7 @@ def implicit(
     tolerance: float | Array | None = None,
     view: View | None = None,
     estimate_error: bool = True,
+    products: Matrix = "hessian",
 ) -> Estimator:
     r"""The hypergradient by the implicit function theorem; memory does not grow with K.
 
@@ -62,9 +74,19 @@ def implicit(
         estimate_error: whether the report has an `error_estimate`. It costs another gradient of f
             and another mixed product: little for a head on cached features, a noticeable share of
             the time where a whole network adapts.
+        products: "gauss_newton" solves the system of the Gauss–Newton matrix Jᵀ ∂²ℓ J + ρ I in
+            place of the Hessian's, for networks whose Hessian is indefinite: well posed wherever
+            ρ > 0, but no longer the hypergradient at the inner solution, except where the outputs
+            are linear in φ or the loss ℓ has no slope. Then `linear_residual` and
+            `smallest_curvature` are those of that matrix, and the error figures need
+            `Problem.strong_convexity`. Needs a `Structure.composite` or a `Structure.head`.
 
     Returns:
         The estimator.
+
+    Raises:
+        ValueError: `products` is neither; it is "gauss_newton" together with a `tolerance`; (when
+            traced) the problem has no `structure.composite`.
 
     Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1; the theorem in this form, and the tolerance:
     Pedregosa (ICML 2016), Algorithm 1.
@@ -73,6 +95,14 @@ def implicit(
         >>> from memmeta.linear_solve import cg
         >>> estimator = implicit(solver=cg(steps=20))
     """
+
+    _checks.one_of("products", products, get_args(Matrix))
+    if products == "gauss_newton" and tolerance is not None:
+        raise ValueError(
+            f"tolerance: expected None with products='gauss_newton', found {tolerance!r}: no "
+            "certificate bounds what that matrix leaves out. Leave one of them out."
+        )
+    newton = products == "gauss_newton"
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         guess = begin.guess
@@ -87,7 +117,10 @@ def implicit(
         number = jnp.maximum(state.steps - 1, 0)
         seen, pull_back_view = drawn(view, begin.context, own_key, number)
         context = seen.whole
-        _, product = hessian_product(problem, params, context)
+        if newton:
+            product = gauss_newton_product(problem, params, context)
+        else:
+            _, product = hessian_product(problem, params, context)
 
         def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
             return problem.outer_loss(params, seen.at(active))
@@ -102,10 +135,12 @@ def implicit(
         params, value = jax.lax.optimization_barrier((params, solution.value))
         solution = solution._replace(value=value)
 
-        estimating = estimate_error and begin.wanted.errors
+        # a curvature of Gauss–Newton's matrix bounds nothing of the Hessian
+        known = not newton or problem.strong_convexity is not None
+        estimating = estimate_error and begin.wanted.errors and known
         here, estimate = _residuals(problem, params, solution, outer, seen, estimating)
         report = report_of_loop(state)._replace(
-            linear_residual=_share(here.params, outer[0]),
+            linear_residual=solution.residual if newton else _share(here.params, outer[0]),
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,

@@ -40,6 +40,9 @@ class Report(NamedTuple):
             `certificate.error_in_theta` takes it to θ.
         standard_error: estimate of the root mean square of ‖∇̂F_i − E ∇̂F_i‖, of estimators that
             draw directions.
+        contraction: of `fixed_point`: the rate at which inner steps approach the fixed point, a
+            lower estimate of the spectral radius of their derivative; 1 or more means that they do
+            not, and that the rule does not hold.
     """
 
     inner_gradient_norm: Float[Array, "*tasks"] | None = None
@@ -51,6 +54,7 @@ class Report(NamedTuple):
     error_estimate: Float[Array, "*tasks"] | None = None
     error_bound: Float[Array, "*tasks"] | None = None
     standard_error: Float[Array, "*tasks"] | None = None
+    contraction: Float[Array, "*tasks"] | None = None
 
 
 @jax.tree_util.register_static

@@ -49,4 +49,4 @@ def direct(*, damping: float = 0.0) -> LinearSolver:
         smallest = jnp.where(finite, values[0] - damping, jnp.inf)
         return unflatten(x), smallest, jnp.int32(flat.size)
 
-    return make_solver(method, damping)
+    return make_solver(method, damping, symmetric=True)

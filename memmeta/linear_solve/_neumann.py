@@ -4,17 +4,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from memmeta import _checks
 from memmeta import _trees as trees
-from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, axpy, dot, make_solver
+from memmeta.linear_solve._solution import (
+    Found,
+    LinearSolver,
+    Operator,
+    Vector,
+    axpy,
+    dot,
+    make_solver,
+    repeat,
+)
 from memmeta.linear_solve._spectrum import power_iteration
 
 POWER_STEPS = 8
 
 
-def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0) -> LinearSolver:
+def neumann(
+    steps: int = 20,
+    *,
+    rate: float | None = None,
+    tolerance: float | None = None,
+    absolute_tolerance: float = 0.0,
+    damping: float = 0.0,
+) -> LinearSolver:
     r"""The first terms of the Neumann series.
 
     $$x = \eta \sum_{k=0}^{\text{steps}-1} (I - \eta A)^k \, b$$
@@ -25,6 +41,9 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
     Args:
         steps: number of terms, 0 or more.
         rate: η; None means 1/L, with L from 8 power steps along b (counted as products).
+        tolerance: stop at ‖r‖ ≤ max(tolerance · ‖b‖, absolute_tolerance), see `cg`; None takes all
+            terms.
+        absolute_tolerance: see there.
         damping: λ ≥ 0, to solve (A + λ I) x = b instead.
 
     Returns:
@@ -44,15 +63,15 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
     if rate is not None:
         _checks.positive("rate", rate)
 
-    def method(operator: Operator, b: Vector) -> tuple[Vector, Array, Array]:
+    def method(operator: Operator, b: Vector) -> Found:
         square = dot(b, b)
         if rate is None:
             largest = jax.lax.stop_gradient(power_iteration(operator.product, b, POWER_STEPS))
         else:
             largest = jnp.full_like(square, 1 / rate)
 
-        def body(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
-            x, r, rr, largest, smallest, count = carry
+        def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, r, rr, largest, smallest = carry
             image = operator.product(r)
             # of a residual that is rounding alone, squares underflow and show a curvature of zero
             seen = rr > jnp.finfo(rr.dtype).eps ** 2
@@ -65,13 +84,17 @@ def neumann(steps: int = 20, *, rate: float | None = None, damping: float = 0.0)
             x = trees.where(advancing, axpy(1 / largest, r, x), x)
             largest = jnp.where(advancing, largest, 2 * largest)
             r, rr = trees.where(advancing, proposal, r), jnp.where(advancing, proposed_rr, rr)
-            return (x, r, rr, largest, smallest, count + 1), None
+            return x, r, rr, largest, smallest
+
+        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+            return operator.unsolved(carry[2])
 
         zeros = jax.tree.map(jnp.zeros_like, b)
+        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf))
+        (x, _, _, _, smallest), made = repeat(operator, step, going, start, steps)
         # the power steps count as products too
-        products = jnp.int32(0 if rate is not None else POWER_STEPS)
-        start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf), products)
-        (x, _, _, _, smallest, count), _ = jax.lax.scan(body, start, length=steps)
-        return x, smallest, count
+        return Found(x, smallest, made + (0 if rate is not None else POWER_STEPS))
 
-    return make_solver(method, damping)
+    return make_solver(
+        method, damping, tolerance=tolerance, absolute_tolerance=absolute_tolerance, symmetric=True
+    )

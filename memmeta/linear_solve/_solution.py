@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta.linear_solve._status import Status, is_asymmetric, is_positive
 from memmeta.problem import Context, Params, Problem
 
 Vector: TypeAlias = Any
@@ -30,17 +31,22 @@ class LinearSolution(NamedTuple):
         curvature: the smallest pᵀA p / pᵀp met; negative where A was seen to be indefinite,
             infinite where no direction was looked at.
         iterations: products with A that went into x.
+        products: all that were made: those of steps that changed nothing, of the preconditioner,
+            of a warm start and of the checks too.
+        status: 0, or what is wrong with the system, see `Status`; `explain` says it in words.
     """
 
     value: Vector
     residual: Float[Array, ""]
     curvature: Float[Array, ""]
     iterations: Int32[Array, ""]
+    products: Int32[Array, ""] | int = 0
+    status: Int32[Array, ""] | int = 0
 
 
 @runtime_checkable
 class LinearSolver(Protocol):
-    """Solves A x = b for a symmetric A that is known by its products, see `__call__`."""
+    """Solves A x = b for an A that is known by its products, see `__call__`."""
 
     def __call__(
         self,
@@ -68,20 +74,78 @@ class LinearSolver(Protocol):
         ...
 
 
-class Operator(NamedTuple):
-    """The system as a method sees it: S (A + λ I) S, with S = diag(A)^(-1/2) when preconditioned.
+class System(NamedTuple):
+    """What a preconditioner is made of.
 
     Attributes:
-        product: y -> S (A + λ I) S y.
-        curvature: (y, yᵀ S (A + λ I) S y) -> pᵀA p / pᵀp of the direction p = S y.
+        product: x -> A x, in float32 at least.
+        like: a vector, for shapes and dtypes.
+        damping: λ; the system is (A + λ I) x = b.
+        problem, params, context: as given to the solver.
     """
 
     product: Product
-    curvature: Callable[[Vector, Float[Array, ""]], Float[Array, ""]]
+    like: Vector
+    damping: float = 0.0
+    problem: Problem | None = None
+    params: Params | None = None
+    context: Context | None = None
 
 
-Method: TypeAlias = Callable[[Operator, Vector], tuple[Vector, Array, Array]]
-"""(operator, b of norm 1) -> x, smallest curvature met, products made."""
+Preconditioner: TypeAlias = Callable[[System], tuple[Product, int]]
+"""system -> (r -> M⁻¹ r, products made for it), with a positive definite M ≈ A + λ I."""
+
+
+class Operator(NamedTuple):
+    """The system as a method sees it.
+
+    Attributes:
+        product: x -> (A + λ I) x.
+        inverse: r -> M⁻¹ r of the preconditioner; None without one.
+        threshold: ‖r‖ at which the method may stop; None where it makes all its steps.
+        damping: λ.
+    """
+
+    product: Product
+    inverse: Product | None
+    threshold: Float[Array, ""] | None
+    damping: float
+
+    def precondition(self, r: Vector) -> Vector:
+        """M⁻¹ r."""
+        return r if self.inverse is None else self.inverse(r)
+
+    def unsolved(self, square: Float[Array, ""]) -> Bool[Array, ""]:
+        """Whether ‖r‖² is above the threshold, or NaN; True where there is none."""
+        threshold = 0 if self.threshold is None else self.threshold
+        return ~(jnp.sqrt(square) <= threshold)
+
+    def curvature(self, p: Vector, quadratic: Float[Array, ""]) -> Float[Array, ""]:
+        """pᵀA p / pᵀp from p and pᵀ(A + λ I) p."""
+        square = dot(p, p)
+        return quadratic / jnp.where(square > 0, square, 1) - self.damping
+
+
+class Found(NamedTuple):
+    """What a bare method returns.
+
+    Attributes:
+        value: x.
+        curvature: the smallest pᵀA p / pᵀp met, infinite where none was looked at.
+        iterations: products with A that went into x.
+        products: all that were made; None for as many.
+        status: see `Status`.
+    """
+
+    value: Vector
+    curvature: Float[Array, ""]
+    iterations: Int32[Array, ""]
+    products: Int32[Array, ""] | None = None
+    status: Int32[Array, ""] | int = 0
+
+
+Method: TypeAlias = Callable[[Operator, Vector], tuple[Any, ...]]
+"""(operator, b of norm 1) -> `Found`, or its first three fields."""
 
 
 def dot(a: Vector, b: Vector) -> Float[Array, ""]:
@@ -109,28 +173,40 @@ def unit(b: Vector) -> tuple[Vector, Float[Array, ""]]:
 def make_solver(
     method: Method,
     damping: float = 0.0,
-    diagonal: Callable[[Product, Vector], Vector] | None = None,
+    preconditioner: Preconditioner | None = None,
+    *,
+    tolerance: float | None = None,
+    absolute_tolerance: float = 0.0,
+    symmetric: bool = False,
 ) -> LinearSolver:
     r"""Turn a bare method into a solver.
 
-    With S = diag(A + λ I)^(-1/2), or I without preconditioning, the method solves
-    $$S (A + \lambda I) S \, y = S (b - (A + \lambda I) x_0) \,/\, \|\cdot\|, \qquad
-      x = x_0 + \|\cdot\| \, S y$$
+    The method solves
+    $$(A + \lambda I) \, y = (b - (A + \lambda I) x_0) \,/\, \|\cdot\|, \qquad
+      x = x_0 + \|\cdot\| \, y$$
     so it always sees a right-hand side of norm 1. A warm start x₀ that is further from the
     solution than zero is dropped.
 
     Args:
         method: the bare method.
         damping: λ, 0 or more.
-        diagonal: (product, like) -> an estimate of the diagonal of A; see `jacobi`.
+        preconditioner: see `jacobi`, `nystrom` and `kronecker`.
+        tolerance: the method may stop at ‖r‖ ≤ max(tolerance · ‖b‖, absolute_tolerance), with r
+            the residual of the damped system; None: it makes all its steps.
+        absolute_tolerance: 0 or more; read only where there is a `tolerance`.
+        symmetric: whether the method needs a symmetric A. One that comes without a `problem`,
+            whose Hessian would be symmetric, is then tested on two random vectors.
 
     Returns:
         The solver.
 
     Raises:
-        ValueError: `damping` is negative.
+        ValueError: `damping` or a tolerance is negative.
     """
     _checks.not_negative("damping", damping)
+    if tolerance is not None:
+        _checks.not_negative("tolerance", tolerance)
+    _checks.not_negative("absolute_tolerance", absolute_tolerance)
 
     def solve(
         product: Product,
@@ -149,54 +225,39 @@ def make_solver(
         def damped(x: Vector) -> Vector:
             return jax.tree.map(lambda a, p: a + damping * p, image(x), x) if damping else image(x)
 
-        operator, scaling = _scaled_operator(image, damped, damping, diagonal, wide)
+        inverse, made = None, 0
+        if preconditioner is not None:
+            system = System(image, wide, damping, problem, params, context)
+            inverse, made = preconditioner(system)
         target, norm = unit(wide)
         guess, target = _warm(damped, start, target, norm)
         rest = jnp.ones_like(norm)
-        if start is not None or diagonal is not None:
-            target, rest = unit(scaling(target))
-        step, curvature, iterations = method(operator, target)
-        value = jax.tree.map(jnp.add, guess, scaled(rest, scaling(step)))
-        return _finish(image, b, scaled(norm, value), curvature, iterations)
+        if start is not None:
+            target, rest = unit(target)
+        threshold = None
+        if tolerance is not None:
+            relative = jnp.maximum(tolerance, absolute_tolerance / jnp.where(norm > 0, norm, 1))
+            threshold = relative / jnp.where(rest > 0, rest, 1)
+        found = Found(*method(Operator(damped, inverse, threshold, damping), target))
+        value = jax.tree.map(jnp.add, guess, scaled(rest, found.value))
+        solution, left = _finish(image, b, scaled(norm, value), found)
+        if inverse is not None:
+            positive = is_positive(inverse, target) & is_positive(inverse, left)
+            solution = _noted(solution, Status.PRECONDITIONER, ~positive)
+        if symmetric and problem is None:
+            made += 2
+            solution = _noted(solution, Status.ASYMMETRIC, is_asymmetric(image, wide))
+        return solution._replace(products=solution.products + made + int(start is not None))
 
     return solve
 
 
+def _noted(solution: LinearSolution, status: Status, holds: Bool[Array, ""]) -> LinearSolution:
+    return solution._replace(status=jnp.where(holds, jnp.int32(status), solution.status))
+
+
 def _cast(tree: Vector, like: Vector) -> Vector:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def _scaled_operator(
-    image: Product,
-    damped: Product,
-    damping: float,
-    diagonal: Callable[..., Any] | None,
-    like: Vector,
-) -> tuple[Operator, Product]:
-    if diagonal is None:
-        scaling: Product = lambda x: x  # noqa: E731
-    else:
-        roots = jax.tree.map(
-            lambda d: jax.lax.rsqrt(jnp.abs(d) + damping), _floored(diagonal(image, like))
-        )
-        scaling = lambda x: jax.tree.map(jnp.multiply, roots, x)  # noqa: E731
-
-    def curvature(y: Vector, quadratic: Float[Array, ""]) -> Float[Array, ""]:
-        p = scaling(y)
-        square = dot(p, p)
-        return quadratic / jnp.where(square > 0, square, 1) - damping
-
-    return Operator(lambda y: scaling(damped(scaling(y))), curvature), scaling
-
-
-def _floored(diagonal: Vector) -> Vector:
-    """No entry under a thousandth of the largest: an estimate near zero would blow its entry up."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(d)) for d in jax.tree.leaves(diagonal)]))
-    floor = jnp.where(jnp.isfinite(largest) & (largest > 0), 1e-3 * largest, 1)
-    return jax.tree.map(
-        lambda d: jnp.where(jnp.isfinite(d), jnp.maximum(jnp.abs(d), floor.astype(d.dtype)), 1),
-        diagonal,
-    )
 
 
 def _warm(
@@ -213,20 +274,25 @@ def _warm(
 
 
 def _finish(
-    image: Product, b: Vector, value: Vector, curvature: Array, iterations: Array
-) -> LinearSolution:
+    image: Product, b: Vector, value: Vector, found: Found
+) -> tuple[LinearSolution, Vector]:
+    """The solution with its true residual, and what of b/‖b‖ is left."""
     value = jax.tree.map(lambda x, like: x.astype(like.dtype), value, b)
     # A solution too large for its dtype, or a system of NaN, would make what comes after NaN.
     representable = trees.all_finite(value) | ~trees.all_finite(b)
     value = jax.tree.map(lambda x: jnp.where(representable, x, 0), value)
     target, norm = unit(jax.tree.map(lambda x: x.astype(trees.accumulator(x.dtype)), b))
     reached = scaled(1 / jnp.where(norm > 0, norm, 1), _late(image, value))
-    residual = trees.norm(jax.tree.map(jnp.subtract, target, reached))
+    left = jax.tree.map(jnp.subtract, target, reached)
+    residual = trees.norm(left)
     residual = jnp.where(jnp.isnan(residual) | ~representable, jnp.inf, residual)
-    curvature = jnp.where(jnp.isnan(curvature), jnp.inf, curvature)
+    curvature = jnp.where(jnp.isnan(found.curvature), jnp.inf, found.curvature)
     # figures for the report: norms have no derivative at zero
     residual, curvature = jax.lax.stop_gradient((jnp.where(norm == 0, 0, residual), curvature))
-    return LinearSolution(value, residual, curvature.astype(residual.dtype), iterations)
+    made = found.iterations if found.products is None else found.products
+    status = jnp.where(jnp.isinf(residual), jnp.int32(Status.NOT_FINITE), found.status)
+    curvature = curvature.astype(residual.dtype)
+    return LinearSolution(value, residual, curvature, found.iterations, made + 1, status), left
 
 
 def _late(product: Product, x: Vector) -> Vector:
@@ -254,38 +320,33 @@ def useful_steps(steps: int, b: Vector) -> int:
     return min(steps, 2 * sum(int(leaf.size) for leaf in jax.tree.leaves(b)))
 
 
-def explain(solution: LinearSolution, tolerance: float = 1e-3) -> str:
-    """Say in one sentence how a solver ended, and what to do about it.
+def repeat(
+    operator: Operator,
+    step: Callable[[Any], Any],
+    going: Callable[[Any], Bool[Array, ""]],
+    start: Any,
+    steps: int,
+) -> tuple[Any, Int32[Array, ""]]:
+    """All steps of a method under `lax.scan`; with a threshold as many as it needs.
 
     Args:
-        solution: of one system, outside `jax.jit`.
-        tolerance: relative residual that counts as solved.
+        operator: whose threshold is looked at.
+        step: state -> state.
+        going: state -> whether another step would change it for the better.
+        start: the first state.
+        steps: how many at most.
 
     Returns:
-        The sentence.
-
-    Example:
-        >>> solution = LinearSolution(jnp.ones(2), jnp.float32(0.2), jnp.float32(0.1), jnp.int32(5))
-        >>> explain(solution)
-        'Not solved: residual 0.2 after 5 products. Take more steps, a preconditioner, or damping.'
+        The last state, and the steps made.
     """
-    residual, curvature = float(solution.residual), float(solution.curvature)
-    after = f"residual {residual:.2g} after {int(solution.iterations)} products"
-    if not residual < float("inf"):
-        return (
-            "Failed: the system or its solution is not finite. Look for NaN in the task, or make "
-            "the inner loss strongly convex (ridge, proximal term, damping)."
-        )
-    if curvature < 0:
-        return (
-            f"Negative curvature {curvature:.2g} met, {after}: the inner loss is not convex here. "
-            "Add a ridge or a proximal term, take more inner steps, or use minres()."
-        )
-    if residual <= tolerance:
-        return f"Solved: {after}, smallest curvature met {curvature:.2g}."
-    if curvature < 1e-6:
-        return (
-            f"Not solved: {after}, and the system is close to singular (curvature {curvature:.2g})."
-            " Add a ridge or damping."
-        )
-    return f"Not solved: {after}. Take more steps, a preconditioner, or damping."
+    if operator.threshold is None:
+        state, _ = jax.lax.scan(lambda s, _: (step(s), None), start, length=steps)
+        return state, jnp.int32(steps)
+    # Under `vmap` the loop runs until its slowest task has ended, and `while_loop` itself keeps
+    # what the others have found.
+    made, state = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & going(carry[1]),
+        lambda carry: (carry[0] + 1, step(carry[1])),
+        (jnp.int32(0), start),
+    )
+    return state, made

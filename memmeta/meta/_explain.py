@@ -17,15 +17,18 @@ CAUSES = {
     ),
 }
 DOUBTS = {
-    "diverging": "inner loop(s) diverge: take a smaller rate, or mm.inner.accelerated()",
+    "diverging": (
+        "inner loop(s) diverge, or their step is no contraction: take a smaller rate, or "
+        "mm.inner.accelerated()"
+    ),
     "unconverged": (
         f"inner loop(s) end with more than {LEFT:.0%} of their first slope, where an implicit rule "
         "needs a minimiser of inner_loss: more inner steps, or no constraint and no weight decay "
-        "inside the inner optimiser (unrolled() differentiates these)"
+        "inside the inner optimiser (fixed_point() differentiates these)"
     ),
     "unsolved": (
-        f"linear solve(s) leave more than {LEFT:.0%} of the system: more solver steps, a ridge, or "
-        "damping"
+        f"linear solve(s) leave more than {LEFT:.0%} of the system: more solver steps, a ridge, "
+        "damping, or a (positive) preconditioner"
     ),
     "indefinite": (
         "inner Hessian(s) have a direction without positive curvature: a ridge or a proximal term, "

@@ -211,10 +211,12 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     implicit = usable if report.linear_residual is not None else jnp.zeros_like(usable)
     residual = 0 if report.linear_residual is None else report.linear_residual
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
+    contraction = 0 if report.contraction is None else report.contraction
+    grew = ~(reduction < GREW) | ~(jnp.asarray(contraction) < 1)
     return [  # `~(… < …)`: NaN counts as trouble
         *causes,
         found,
-        usable & stepped & ~(reduction < GREW),
+        usable & stepped & grew,
         implicit & ~(reduction <= LEFT),
         implicit & ~(jnp.asarray(residual) <= LEFT),
         usable & (jnp.asarray(curvature) <= 0),

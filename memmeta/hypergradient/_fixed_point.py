@@ -1,0 +1,151 @@
+r"""The hypergradient at a fixed point of the inner solver's own step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from memmeta import _trees as trees
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
+from memmeta.hypergradient._seam import Estimator
+from memmeta.inner import InnerLoop, InnerState
+from memmeta.linear_solve import LinearSolver, gmres
+from memmeta.linear_solve._solution import Product, Vector, unit
+from memmeta.problem import Context, Params, Problem, Scalar
+
+POWERS = 5
+"""Products between the two norms of which the ratio gives `contraction`."""
+
+
+class Point(NamedTuple):
+    """What one step of the inner solver maps to itself at a fixed point.
+
+    Attributes:
+        params: φ.
+        state: the floating-point leaves of the solver's state, such as a momentum.
+    """
+
+    params: Params
+    state: Any
+
+
+Step = Callable[[Point, Context], Point]
+
+
+def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
+    r"""The hypergradient where φ* = T(φ*, c), T one step of the inner solver; memory is flat in K.
+
+    $$\nabla F_i = \partial_c f_i + (\partial_c T)^\top w_i, \qquad
+      [I - \partial_\phi T]^\top w_i = \partial_\phi f_i \quad\text{at } \hat\phi = \phi_K$$
+
+    Whatever the steps do is in T: weight decay in the optimiser, projections onto constraints that
+    are active, proximal steps of a penalty that is not smooth. `implicit` differentiates
+    ∇_φ g = 0, which none of these solves. With momentum or Adam, φ stands for φ together with the
+    solver's state.
+
+    The report's `inner_gradient_norm` and `inner_reduction` are those of φ − T(φ), and its
+    `contraction` says at what rate the steps approach the fixed point: where that is 1 or more they
+    do not, and the rule does not hold.
+
+    Args:
+        solver: of the linear system, which is not symmetric, see `memmeta.linear_solve`.
+
+    Returns:
+        The estimator.
+
+    Source: Griewank and Faure (2003); for bilevel problems: Grazzi et al. (ICML 2020), equation 8;
+    for proximal steps: Bertrand et al., "Implicit differentiation for fast hyperparameter selection
+    in non-smooth convex learning" (JMLR 2022).
+
+    Example:
+        >>> import optax
+        >>> import memmeta as mm
+        >>> decaying = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.2))
+        >>> inner, estimator = mm.InnerLoop(decaying, steps=100), fixed_point()
+    """
+
+    def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
+        context = begin.context
+        state = inner.run(problem, begin.params, context.whole, begin.key, begin.earlier)
+        point, rest = point_of(state)
+        step = jax.checkpoint(step_map(problem, inner, rest, begin.key))
+
+        def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
+            return problem.outer_loss(params, context.at(active))
+
+        loss, pull_back, aux = jax.vjp(outer_loss, point.params, context.active, has_aux=True)
+        by_params, by_context = pull_back(jnp.ones_like(loss))
+        b = Point(by_params, jax.tree.map(jnp.zeros_like, point.state))
+        moved, transposed = jax.vjp(lambda z: step(z, context.whole), point)
+
+        def product(w: Point) -> Point:
+            image: Point = jax.tree.map(jnp.subtract, w, transposed(w)[0])
+            return image
+
+        # as in `implicit`: the mixed product not before the solve has ended
+        solution = jax.lax.optimization_barrier(solver(product, b, start=begin.guess))
+        mixed = jax.vjp(lambda a: step(point, context.at(a)), context.active)[1]
+        cotangent = jax.tree.map(jnp.add, by_context, mixed(solution.value)[0])
+
+        begun = inner.start(problem, begin.params, context.whole, begin.earlier)
+        start, first_rest = point_of(begun)
+        first = step_map(problem, inner, first_rest, begin.key)(start, context.whole)
+        report = report_of_loop(
+            state._replace(
+                gradient_norm=_distance(point, moved), first_gradient_norm=_distance(start, first)
+            )
+        )._replace(
+            linear_residual=solution.residual,
+            linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
+            contraction=contraction(lambda w: transposed(w)[0], b),
+        )
+        return TaskGradient(loss, aux, cotangent, None, report, state, solution.value)
+
+    return per_task(rule, "fixed_point")
+
+
+def point_of(state: InnerState) -> tuple[Point, Any]:
+    """The inner loop's state as a `Point`, and what has no derivative: counts, keys, steps."""
+    floats, others = trees.split_inexact(state.solver)
+    return Point(state.params, floats), (others, state.steps)
+
+
+def step_map(problem: Problem, inner: InnerLoop, rest: Any, key: Key[Array, ""]) -> Step:
+    """T: (point, context) -> the point after one more step, on the whole context."""
+    others, number = rest
+
+    def step(point: Point, context: Context) -> Point:
+        state = trees.merge(point.state, others)
+        params, state, _ = inner.steps_of.update(problem, point.params, state, context, number, key)
+        return Point(params, trees.split_inexact(state)[0])
+
+    return step
+
+
+def contraction(product: Product, start: Vector) -> Scalar:
+    r"""The rate (‖J²ᵐ u‖ / ‖Jᵐ u‖)^(1/m) at which J, the derivative of a step, shrinks a vector.
+
+    Its limit is the spectral radius of J, which decides whether the steps approach a fixed point;
+    the norm of J may be above 1 all the same, as it is with momentum.
+
+    Example:
+        >>> rate = contraction(lambda x: jnp.array([0.5, 0.9]) * x, jnp.ones(2))
+        >>> round(float(rate), 1)
+        0.9
+    """
+
+    def shrink(vector: Vector, _: None) -> tuple[Vector, Array]:
+        image = product(unit(vector)[0])
+        return image, trees.norm(image)
+
+    _, norms = jax.lax.scan(shrink, start, length=2 * POWERS)
+    later = norms[POWERS:]
+    # zero once the vector is: all of it was in the kernel
+    logs = jnp.where(later > 0, jnp.log(jnp.where(later > 0, later, 1)), -jnp.inf)
+    return jax.lax.stop_gradient(jnp.exp(jnp.mean(logs)))
+
+
+def _distance(point: Point, moved: Point) -> Scalar:
+    return trees.norm(jax.tree.map(jnp.subtract, point.params, moved.params))
