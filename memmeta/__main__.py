@@ -10,25 +10,29 @@ Exit codes:
 130, 143    SIGINT or SIGTERM came and there was nothing to save
 """
 
+import inspect
 import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import jax
 import tyro
 
 import memmeta
+from memmeta import algorithms
 from memmeta.data import DataError, Limits
 from memmeta.data._files import unused_path
 from memmeta.meta import _mesh as mesh_of
 from memmeta.runs import _devices as devices
 from memmeta.runs import _events as events
+from memmeta.runs import _methods as methods
 from memmeta.runs import _processes as processes
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
@@ -37,11 +41,13 @@ from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder, new_run, old_run, require_new
 from memmeta.runs._interruption import Interrupted, Stopped
 from memmeta.runs._networks import is_module
+from memmeta.runs._options import InOptions, in_options
 from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import Trainer, check_room, make_trainer
 from memmeta.runs.checkpoints import CheckpointError
 
 log = logging.getLogger("memmeta")
+MAY_CHANGE = ("episodes", "test_steps", "image_size", "channels")  # in an evaluation
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,11 @@ class Evaluate:
     test_steps: int | None = None
     """Steps of the inner loop; None: as in the run."""
     data: str | None = None
-    """Other data to evaluate on, of images of the same shape; None: the run's."""
+    """Other data to evaluate on; None: the run's."""
+    image_size: int | None = None
+    """Side in pixels that images are resized to; None: as in the run."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey images, 3 for colour; None: as in the run."""
     data_dir: Path | None = None
     """Folder of the data, needed if these are not part of the package: the folder that the run's
     configuration names, or another."""
@@ -212,12 +222,12 @@ def run_evaluate(command: Evaluate) -> None:
     from memmeta.runs._train import final_report
 
     folder = RunFolder(command.run)
-    given = {"episodes": command.episodes, "test_steps": command.test_steps}
+    given = {name: getattr(command, name) for name in MAY_CHANGE}
     changes: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
     stored = folder.config()
     require_unaltered(folder, stored)
     named = (command.data_dir, command.network, command.data)
-    config = replace(confirmed(stored, *named), **changes)
+    config = confirmed(replace(stored, **changes), *named)
     devices.use(devices.cores())
     mesh = devices.chosen(None, config.tasks)
     made = make_trainer(config, mesh, command.limits, progress.data_bar)
@@ -228,8 +238,8 @@ def run_evaluate(command: Evaluate) -> None:
             raise
         shape = "x".join(map(str, made.splits["test"].example_shape))
         raise UserError(
-            f"--data {command.data}: examples of {shape}, where the run's network does not fit: "
-            f"{error}"
+            f"data: {command.data} has examples of {shape}, which the run's network does not fit "
+            f"({error}); --image-size and --channels give them the shape of those it was trained on"
         ) from error
     progress.print_report(final_report(trainer, state, folder))
 
@@ -260,17 +270,23 @@ def run_report(command: Report) -> None:
         print(path)
 
 
+def _given(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option among arguments that are not parsed yet."""
+    found = None
+    for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if given == option:
+            found = following
+        elif given.startswith(f"{option}="):
+            found = given.removeprefix(f"{option}=")
+    return found
+
+
 def _stored_default(arguments: Sequence[str]) -> Config:
     """The default options: with --resume those of the run, except for the folder of its data.
 
     The run folder may come from somebody else, so only the user may name a folder of data to read.
     """
-    path = None
-    for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if given == "--run":
-            path = following
-        elif given.startswith("--run="):
-            path = given.removeprefix("--run=")
+    path = _given(arguments, "--run")
     if "--resume" in arguments and path is not None:
         stored = RunFolder(Path(path)).config()
         network = Config().network if is_module(stored.network) else stored.network
@@ -314,8 +330,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # file names may not be valid Unicode
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("memmeta: %(message)s"))
+    handler.setFormatter(InOptions(*_options()))
     log.addHandler(handler)
+    # Pillow's own warning of large images, which --most-pixels decides on
+    warnings.filterwarnings("ignore", message=".*decompression bomb")
     log.propagate = False  # else handlers that libraries add to the root logger repeat it
     try:
         use_compilation_cache()
@@ -327,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"memmeta: {error}", file=sys.stderr)
         return 3
     except (UserError, DataError, CheckpointError, OSError, ValueError) as error:
-        print(f"memmeta: {' '.join(str(error).split())}", file=sys.stderr)
+        said = in_options(" ".join(str(error).split()), *_options())
+        print(f"memmeta: {said}", file=sys.stderr)
         return 1
     except (MemoryError, OverflowError, jax.errors.JaxRuntimeError) as error:
         first = (str(error).strip().splitlines() or ["no memory left"])[0]
@@ -341,12 +360,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.propagate = True
 
 
+def _options() -> tuple[list[str], list[str]]:
+    """The names of all options, and of those that are given without a value."""
+    kinds = {
+        name: kind
+        for part in (Config, Train, Evaluate, Compare, Report, Limits)
+        for name, kind in get_type_hints(part).items()
+    }
+    names = [name for name in kinds if name not in ("config", "limits", "runs")]
+    return names, [name for name in names if kinds[name] is bool]
+
+
+def _described(arguments: Sequence[str]) -> str:
+    """The help of `memmeta train`, with what the method that is named has of its own."""
+    found = _given(arguments, "--method") or Config().method
+    text = inspect.getdoc(Train) or ""
+    if found not in algorithms.METHODS:
+        return text
+    return (
+        f"{text}\n\n{methods.described(found)}\n\n`--method X --help` says this of another method."
+    )
+
+
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"memmeta {memmeta.__version__}")
         return 0
     stored = _stored_default(arguments)
-    train = Annotated[Train, tyro.conf.subcommand("train", default=Train(stored))]
+    described = _described(arguments)
+    train = Annotated[
+        Train, tyro.conf.subcommand("train", default=Train(stored), description=described)
+    ]
     evaluate = Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     report = Annotated[Report, tyro.conf.subcommand("report")]
     compare = Annotated[Compare, tyro.conf.subcommand("compare")]

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from memmeta import _trees as trees
+from memmeta._readable import readable
 
 __all__ = [
     "Composite",
@@ -410,3 +411,6 @@ def products(problem: Problem, params: Params, u: Params, context: SplitContext)
     by_both = jax.grad(along, argnums=(0, 1), has_aux=True)
     (hessian, mixed), gradient = by_both(params, context.active)
     return Products(gradient, hessian, mixed)
+
+
+readable(__name__)

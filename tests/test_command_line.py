@@ -163,19 +163,19 @@ def test_a_configuration_altered_after_the_fact(command, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ridge", "-1"], "ridge: expected 0 or more, found -1.0"),
-        (["--rate", "-0.1"], "rate: expected more than 0, found -0.1"),
-        (["--inner-rate", "nan"], "inner_rate: expected a finite number or nothing, found nan"),
-        (["--tasks", "0"], "tasks: expected at least 1, found 0"),
-        (["--tasks", "4", "--task-chunk", "3"], "task_chunk: expected a divisor of tasks=4"),
+        (["--ridge", "-1"], "--ridge: expected 0 or more, found -1.0"),
+        (["--rate", "-0.1"], "--rate: expected more than 0, found -0.1"),
+        (["--inner-rate", "nan"], "--inner-rate: expected a finite number or nothing, found nan"),
+        (["--tasks", "0"], "--tasks: expected at least 1, found 0"),
+        (["--tasks", "4", "--task-chunk", "3"], "--task-chunk: expected a divisor of --tasks=4"),
         (["--test-queries", "50"], "--test-queries=50"),
         (["--network", "conv5"], "--network conv5: expected conv4, resnet12, mlp or module:"),
         (["--network", "module:nowhere:make"], "--network module:nowhere:make: No module named"),
         (["--network", "module:json:dumps"], "--network module:json:dumps"),
-        (["--checkpoint-every", "3"], "checkpoint_every: expected a multiple of log_every"),
+        (["--checkpoint-every", "3"], "--checkpoint-every: expected a multiple of --log-every"),
         (["--data", "nothing"], "unknown data set 'nothing'"),
-        (["--ways", "5000"], "ways=5000 is too many"),
-        (["--shots", "30"], "shots=30"),
+        (["--ways", "5000"], "--ways=5000 is too many"),
+        (["--shots", "30"], "--shots=30"),
         (["--resume"], "--resume: name the run folder"),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_folder_in_use(tmp_path, capsys):
 
 def test_options_of_a_resumed_run_stay(run, capsys):
     assert main(["train", "--run", str(run), "--resume", "--rate", "0.5"]) == 1
-    assert "rate: was 0.003 in this run, found 0.5" in last_line(capsys)
+    assert "--rate: was 0.003 in this run, found 0.5" in last_line(capsys)
 
 
 @pytest.mark.parametrize(

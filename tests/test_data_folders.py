@@ -431,9 +431,9 @@ def link_tar(path, target):
 @pytest.mark.parametrize(
     ("suffix", "write"), [("zip", evil_zip), ("tar", evil_tar), ("tar", link_tar)]
 )
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/tmp/memmeta-outside"])
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "{folder}/outside"])
 def test_members_outside_the_folder_are_refused(tmp_path, suffix, write, name):
-    data = tmp_path / "data"
+    data, name = tmp_path / "data", name.format(folder=tmp_path)
     data.mkdir()
     write(data / f"mini_imagenet.{suffix}", name)
     if write is evil_tar and name.startswith("/"):  # tar names are taken relative to the folder
@@ -446,7 +446,6 @@ def test_members_outside_the_folder_are_refused(tmp_path, suffix, write, name):
             load("mini_imagenet", "train", data)
         assert not (data / "mini_imagenet").exists()
     assert not (tmp_path / "outside").exists()
-    assert not Path("/tmp/memmeta-outside").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"words"])

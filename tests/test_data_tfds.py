@@ -13,7 +13,7 @@ import pytest
 
 import memmeta.data
 from memmeta.__main__ import main
-from memmeta.data import DataError, load, load_host
+from memmeta.data import DataError, Limits, Reading, load, load_host
 
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
 array_record = pytest.importorskip("array_record.python.array_record_module")
@@ -146,6 +146,20 @@ def test_any_builder_by_name(cifar100):
     assert len({name for dataset in found.values() for name in dataset.class_names}) == 100
     # converted once: the prepared files are not read again
     (cifar100 / ".memmeta" / "tfds-cifar100" / "manifest.json").stat()
+
+
+def test_the_pixel_limit_is_that_of_the_reading(tmp_path, capsys):
+    image = np.zeros((32, 32, 3), np.uint8)
+    records = [{"image": image, "label": n, "coarse_label": 0, "id": b"x"} for n in range(100)]
+    names = {"label": cifar_names(), "coarse_label": COARSE}
+    write_prepared(tmp_path, "cifar100", {"train": records, "test": records[:1]}, names)
+    for name in ("cifar_fs", "tfds:cifar100"):
+        with pytest.raises(DataError, match="32 x 32 pixels, more than most_pixels=1000"):
+            load(name, "train", tmp_path, Reading(limits=Limits(most_pixels=1000)))
+    options = ["--data=tfds:cifar100", f"--data-dir={tmp_path}", "--most-pixels=1000"]
+    assert main(["train", "--run", str(tmp_path / "run"), *options]) == 1
+    assert "32 x 32 pixels, more than" in capsys.readouterr().err
+    load("tfds:cifar100", "train", tmp_path, Reading(limits=Limits(most_pixels=1024)))
 
 
 def omniglot_source(characters=1623, alphabets=50, background=964):

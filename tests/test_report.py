@@ -14,6 +14,7 @@ import pytest
 from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
 from memmeta.runs.report import judge_all, write
+from memmeta.runs.report._charts import points
 
 SMALL = [
     "--ways=3",
@@ -67,7 +68,7 @@ def test_the_page_shows_the_run(run, judged, tmp_path):
     # three classes: a support example and two query examples of each
     assert text.count('src="data:image/png;base64,') == 9
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[1:])
-    assert {path.stem for path in written} >= {"loss", "accuracy", "groups", "memory"}
+    assert {path.stem for path in written} >= {"loss", "accuracy", "groups", "memory", "episode"}
 
 
 def test_the_command_writes_the_page(run, tmp_path, capsys):
@@ -77,6 +78,13 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").count("<h3>") > 2
     assert main(["report", str(tmp_path / "none")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_errors_are_shares_of_the_meta_gradient():
+    lines = [{"step": 1, "error_bound": 160.0, "gradient_norm": 320.0}]
+    lines += [{"step": 2, "error_bound": 1.0, "gradient_norm": 0.0}, {"step": 3}]
+    assert points(lines, "error_bound") == ([1], [0.5])
+    assert points(lines, "gradient_norm") == ([1, 2], [320.0, 0.0])
 
 
 def test_the_page_needs_no_network(judged, tmp_path):

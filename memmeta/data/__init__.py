@@ -1,5 +1,6 @@
 """Data sets by name, and the samplers that draw their tasks on the device."""
 
+from memmeta._readable import readable
 from memmeta.data._augmentation import Augmentation, normalisation
 from memmeta.data._curves import Points
 from memmeta.data._dataset import DataError, Dataset
@@ -25,3 +26,5 @@ __all__ = [
     "normalisation",
     "sampler",
 ]
+
+readable(__name__)

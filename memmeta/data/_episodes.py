@@ -118,7 +118,7 @@ class Episodes:
         Arguments and errors as for `sample`.
         """
         if not isinstance(dataset.count, jax.core.Tracer):
-            self._usable_classes(dataset)
+            self.require(dataset)
         self._check_sizes(*dataset.inputs.shape[:2])
         support, query = self._candidates(dataset)
         usable, sizes = self._usable(dataset, support, query)
@@ -210,7 +210,7 @@ class Episodes:
             DataError: the data set has too few classes, examples or families; the message says how
                 many ways, shots and queries it allows.
         """
-        usable = self._usable_classes(dataset)
+        usable = self.require(dataset)
         count = np.asarray(dataset.count)
         left_out = np.flatnonzero(~usable & (count > 0))
         if not len(left_out):
@@ -220,11 +220,18 @@ class Episodes:
         say_once(
             f"{dataset.name}/{dataset.split}: {len(left_out)} of {(count > 0).sum()} classes have "
             f"too few examples for shots={self.shots} and queries={self.queries} and are left out: "
-            f"{', '.join(names)}{more}; uneven takes them with those they have"
+            f"{', '.join(names)}{more}; uneven=True takes them with those they have"
         )
 
-    def _usable_classes(self, dataset: Dataset) -> Bool[np.ndarray, " classes"]:
-        """Which classes have enough examples; raises `DataError` as `check` does."""
+    def require(self, dataset: Dataset) -> Bool[np.ndarray, " classes"]:
+        """Which classes have enough examples; `check` without the log line.
+
+        Args:
+            dataset: the classes to draw from.
+
+        Raises:
+            DataError: as `check`.
+        """
         where = f"{dataset.name}/{dataset.split}"
         if self.cross_family and len(dataset.family_names) < 2:
             raise DataError(f"cross_family=True, but {where} has only one family of examples")

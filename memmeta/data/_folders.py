@@ -7,6 +7,7 @@ import csv
 import hashlib
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from itertools import chain
@@ -19,7 +20,7 @@ from memmeta.data._class_splits import ClassSplit, drawn_split, label_of, publis
 from memmeta.data._dataset import DataError, say_once
 from memmeta.data._files import read_bytes
 from memmeta.data._host import HostDataset
-from memmeta.data._images import check_colour, is_grey, read_image
+from memmeta.data._images import SIDE, check_colour, is_grey, read_image
 from memmeta.data._plan import ClassItems, Plan
 from memmeta.data._reading import Reading
 from memmeta.data._split_names import (
@@ -60,7 +61,8 @@ def load_folder(
     `categories.csv`, with the columns label and category, sets the group of each class; without it,
     and without a published group, a class's group is the folder above it.
 
-    Images are RGB; those of `folder` have one channel if all its images are grey.
+    Images are RGB; those of `folder` have one channel if all its images are grey. `reading` may say
+    otherwise.
 
     Args:
         name: "mini_imagenet", "tiered_imagenet", "folder" or "folder:SEED".
@@ -83,6 +85,7 @@ def load_folder(
         raise DataError(f"{name}: data_dir={data_dir} is no folder")
     if seed and not (seed.isascii() and seed.isdecimal() and len(seed) < 10):
         raise DataError(f"{name}: expected folder:SEED with a whole number, such as folder:1")
+    reading = replace(reading, size=None if reading.size == SIDE else reading.size)
     cache = data_dir / ".memmeta" / f"{name.replace(':', '-')}{reading.name}"
     try:
         root = data_dir if kind == "folder" else _root(name, data_dir, reading)
@@ -144,7 +147,7 @@ def _stamped(root: Path, splits: dict[str, list[ClassItems]]) -> dict[str, list[
 
 
 def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], reading: Reading) -> Plan:
-    """Make the plan of the conversion; image headers are read to find the number of channels.
+    """Make the plan of the conversion; where `reading` does not say it, headers give the channels.
 
     Args:
         name: the data set's name.
@@ -160,9 +163,12 @@ def make_plan(name: str, root: Path, splits: dict[str, list[ClassItems]], readin
     """
     check_colour(reading.background)
     items = chain.from_iterable(item.items for found in splits.values() for item in found)
-    grey = name not in PUBLISHED and all(is_grey(root / item, reading) for item in items)
-    channels = 1 if grey else 3
-    shape = (reading.size, reading.size, channels)
+    channels = reading.channels
+    if channels is None:
+        grey = name not in PUBLISHED and all(is_grey(root / item, reading) for item in items)
+        channels = 1 if grey else 3
+    size = SIDE if reading.size is None else reading.size
+    shape = (size, size, channels)
     return Plan(name, shape, splits, lambda item: read_image(root / item, reading, channels))
 
 

@@ -19,7 +19,7 @@ from memmeta.data._class_splits import drawn_split, published_split
 from memmeta.data._dataset import DataError
 from memmeta.data._files import user_cache
 from memmeta.data._host import HostDataset, with_rotations
-from memmeta.data._images import decoded, resized
+from memmeta.data._images import decoded, resized, with_channels
 from memmeta.data._plan import ClassItems, Plan
 from memmeta.data._reading import Reading
 
@@ -92,7 +92,7 @@ def load_tfds(
         name: the data set's name.
         split: "train", "validation" or "test".
         data_dir: the folder of tensorflow-datasets; None: its own default.
-        reading: only its `progress` is used.
+        reading: how images are made from the files.
 
     Returns:
         The split, memory-mapped; `omniglot`, with its rotations, in memory.
@@ -101,28 +101,29 @@ def load_tfds(
         DataError: a package is not installed (the message has the pip command), the download
             failed, or the builder does not have images and labels.
     """
-    cache = _cache_of(name, data_dir)
-    ensure_cache(cache, lambda: make_plan(name, data_dir), reading.progress)
+    cache = _cache_of(name, data_dir, reading)
+    ensure_cache(cache, lambda: make_plan(name, data_dir, reading), reading.progress)
     dataset = open_cache(cache, split, reading.progress)
     return with_rotations(dataset) if name == "omniglot" else dataset
 
 
-def _cache_of(name: str, data_dir: Path | None) -> Path:
+def _cache_of(name: str, data_dir: Path | None, reading: Reading) -> Path:
     caches = user_cache() / "data" if data_dir is None else data_dir / ".memmeta"
-    return caches / name.replace(":", "-").replace("/", "-")
+    return caches / f"{name.replace(':', '-').replace('/', '-')}{reading.name}"
 
 
-def is_converted(name: str) -> bool:
+def is_converted(name: str, reading: Reading) -> bool:
     """Whether the user's default cache has a data set already."""
-    return (_cache_of(name, None) / MANIFEST).is_file()
+    return (_cache_of(name, None, reading) / MANIFEST).is_file()
 
 
-def make_plan(name: str, data_dir: Path | None) -> Plan:
+def make_plan(name: str, data_dir: Path | None, reading: Reading = Reading()) -> Plan:
     """Find the classes and examples of each split, after downloading the data where needed.
 
     Args:
         name: the data set's name.
         data_dir: as for `load_tfds`.
+        reading: as for `load_tfds`.
 
     Returns:
         The plan of the conversion.
@@ -131,25 +132,42 @@ def make_plan(name: str, data_dir: Path | None) -> Plan:
         DataError: as `load_tfds`.
     """
     if name.startswith("omniglot"):
-        return _omniglot(name, data_dir)
+        return _omniglot(name, data_dir, reading)
     if name.startswith("tfds:"):
-        return _any(name, data_dir)
+        return _any(name, data_dir, reading)
     source, _ = read_source("cifar100", data_dir, ("label", "coarse_label"))
     classes = source.classes("coarse_label", source.examples)
     splits = published_split(name).divide(classes)
-    return Plan(name, (32, 32, 3), splits, lambda item: _image(source, item))
+    shape = _shape(reading, 32, 3)
+    return Plan(name, shape, splits, lambda item: _made(_image(source, item, reading), reading))
 
 
-def _omniglot(name: str, data_dir: Path | None) -> Plan:
+def _shape(reading: Reading, side: int, channels: int) -> tuple[int, int, int]:
+    """The shape that `reading` asks for, with the data set's own side and channels."""
+    side = reading.size or side
+    return (side, side, reading.channels or channels)
+
+
+def _made(image: np.ndarray, reading: Reading, side: int | None = None) -> np.ndarray:
+    """An image as `reading` asks for it; without a size there, of this side, or as it is."""
+    side = reading.size or side
+    if side is not None:
+        image = resized(image, side, reading.fit)
+    return with_channels(image, reading.channels, reading.background)
+
+
+def _omniglot(name: str, data_dir: Path | None, reading: Reading) -> Plan:
     source, _ = read_source("omniglot", data_dir, ("label", "alphabet"))
 
     def read(item: tuple[str, int]) -> np.ndarray:
-        grey = 255 - _image(source, item)[..., :1]  # the source has black strokes on white
-        return resized(grey, 28)
+        grey = 255 - _image(source, item, reading)[..., :1]  # the source has black strokes on white
+        return _made(grey, reading, 28)
+
+    shape = _shape(reading, 28, 1)
 
     if name == "omniglot":
         classes = source.classes(None, ("train", "test"))
-        return Plan(name, (28, 28, 1), drawn_split(classes, 0, 1100, 100), read)
+        return Plan(name, shape, drawn_split(classes, 0, 1100, 100), read)
     background = source.classes("alphabet", ("train",))
     alphabets = [ClassItems(group, "", ()) for group in sorted({c.group for c in background})]
     if len(alphabets) < 7:
@@ -160,10 +178,10 @@ def _omniglot(name: str, data_dir: Path | None) -> Plan:
         "validation": [item for item in background if item.group in kept],
         "test": source.classes("alphabet", ("test",)),
     }
-    return Plan(name, (28, 28, 1), splits, read, within_group=True)
+    return Plan(name, shape, splits, read, within_group=True)
 
 
-def _any(name: str, data_dir: Path | None) -> Plan:
+def _any(name: str, data_dir: Path | None, reading: Reading) -> Plan:
     source, shape = read_source(name.removeprefix("tfds:"), data_dir, ("label",))
     height, width, channels = shape
     side = height if height == width and height is not None else LARGEST
@@ -172,18 +190,18 @@ def _any(name: str, data_dir: Path | None) -> Plan:
     counts = (round(0.64 * len(classes)), round(0.16 * len(classes)))
     return Plan(
         name,
-        (side, side, channels),
+        _shape(reading, side, channels),
         drawn_split(classes, 0, *counts),
-        lambda item: resized(_image(source, item), side),
+        lambda item: _made(_image(source, item, reading), reading, side),
     )
 
 
-def _image(source: Source, item: tuple[str, int]) -> np.ndarray:
+def _image(source: Source, item: tuple[str, int], reading: Reading) -> np.ndarray:
     split, number = item
     found = source.examples[split][number]["image"]
     if not isinstance(found, bytes):
         return np.asarray(found)
-    return decoded(found, source.channels, f"{split}, example {number}")
+    return decoded(found, source.channels, f"{split}, example {number}", reading.limits)
 
 
 def read_source(

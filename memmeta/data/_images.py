@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from memmeta.data._dataset import DataError
-from memmeta.data._reading import Reading
+from memmeta.data._reading import Limits, Reading
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # only these are decoded, whatever the file's suffix, because decoding EPS starts a program
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SIDE = 84  # pixels to which files of a folder are resized by default
 GREY = ("1", "L", "LA", "La")
 COLOURED = ("CMYK", "HSV", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
 PIP = "pip install 'memmeta[images]'"
@@ -51,7 +52,7 @@ def is_grey(path: Path, reading: Reading) -> bool:
     """
     image_module = _pillow()
     try:
-        with _opened(image_module, path, reading) as image:
+        with _opened(image_module, path, reading.limits) as image:
             return image.mode in GREY
     except Exception as error:
         raise _unusable(path, error) from error
@@ -73,29 +74,33 @@ def read_image(path: Path, reading: Reading, channels: int = 3) -> UInt8[np.ndar
     """
     image_module = _pillow()
     try:
-        with _opened(image_module, path, reading) as image:
+        with _opened(image_module, path, reading.limits) as image:
             plain = _on_background(image_module, _upright(image), reading.background)
             plain = plain.convert("L" if channels == 1 else "RGB")
             pixels = np.asarray(plain)
     except Exception as error:  # Pillow's readers raise errors of many kinds
         raise _unusable(path, error) from error
-    return resized(pixels.reshape(*pixels.shape[:2], channels), reading.size, reading.fit)
+    size = SIDE if reading.size is None else reading.size
+    return resized(pixels.reshape(*pixels.shape[:2], channels), size, reading.fit)
 
 
-def decoded(content: bytes, channels: int, where: str) -> UInt8[np.ndarray, "h w c"]:
+def decoded(
+    content: bytes, channels: int, where: str, limits: Limits
+) -> UInt8[np.ndarray, "h w c"]:
     """Decode the bytes of an image file, without resizing the image.
 
     Args:
         content: the bytes.
         channels: 1 for grey, 3 for RGB, 4 for RGB and transparency.
         where: the name of the image in error messages.
+        limits: limits on what the file may contain.
 
     Raises:
         DataError: as `read_image`.
     """
     image_module = _pillow()
     try:
-        with _opened(image_module, io.BytesIO(content), Reading()) as image:
+        with _opened(image_module, io.BytesIO(content), limits) as image:
             pixels = np.asarray(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     except Exception as error:
         raise _unusable(where, error) from error
@@ -103,12 +108,11 @@ def decoded(content: bytes, channels: int, where: str) -> UInt8[np.ndarray, "h w
 
 
 @contextmanager
-def _opened(image_module: Any, file: Path | io.BytesIO, reading: Reading) -> Iterator[Any]:
+def _opened(image_module: Any, file: Path | io.BytesIO, limits: Limits) -> Iterator[Any]:
     with image_module.open(file, formats=FORMATS) as image:
-        if image.width * image.height > reading.limits.most_pixels:
+        if image.width * image.height > limits.most_pixels:
             raise ValueError(
-                f"{image.width} x {image.height} pixels, more than most_pixels="
-                f"{reading.limits.most_pixels}"
+                f"{image.width} x {image.height} pixels, more than most_pixels={limits.most_pixels}"
             )
         if image.mode not in GREY + COLOURED:
             raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
@@ -136,6 +140,27 @@ def _on_background(image_module: Any, image: Any, background: str) -> Any:
     over = image.convert("RGBA")
     below = image_module.new("RGBA", over.size, background)
     return image_module.alpha_composite(below, over)
+
+
+def with_channels(
+    image: UInt8[np.ndarray, "height width channels"], channels: int | None, background: str
+) -> UInt8[np.ndarray, "height width wanted"]:
+    """Make an image grey or coloured; what is transparent shows the background.
+
+    Args:
+        image: an image of 1 (grey), 3 (RGB) or 4 channels (RGB and transparency).
+        channels: 1 or 3; None leaves the image as it is.
+        background: see `Reading`.
+
+    Returns:
+        The image.
+    """
+    if channels is None or image.shape[-1] == channels:
+        return image
+    image_module = _pillow()
+    made = image_module.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    plain = _on_background(image_module, made, background).convert("L" if channels == 1 else "RGB")
+    return np.asarray(plain).reshape(*image.shape[:2], channels)
 
 
 def resized(

@@ -29,7 +29,7 @@ def load_npz(name: str, split: str, data_dir: Path | None, reading: Reading = Re
         split: "train", "validation" or "test"; other spellings in the names of files and folders,
             such as Val, are accepted as for the data set `folder`.
         data_dir: the folder with the files of all splits.
-        reading: only its `limits` are used.
+        reading: only its `limits` are used here.
 
     Returns:
         The split.

@@ -37,10 +37,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read.
+    """How images are read.
 
     Args:
-        size: the length of a side in pixels; images become square.
+        size: the length of a side in pixels; images become square. None: 84 for files of a folder,
+            and what the data set has for others.
+        channels: 1 for grey images, 3 for colour; None: as they are.
         fit: "crop" takes the largest square in the middle and resizes it; "squeeze" resizes both
             sides, each by its own factor.
         background: the colour behind transparent images: a name or "#rrggbb".
@@ -52,17 +54,18 @@ class Reading:
         'crop'
     """
 
-    size: int = 84
+    size: int | None = None
     fit: Literal["crop", "squeeze"] = "crop"
     background: str = "white"
     limits: Limits = Limits()
     progress: Progress = silent
+    channels: Literal[1, 3] | None = None
 
     @property
     def name(self) -> str:
-        """Suffix of the cache's name for this size, fit and background; empty for the defaults."""
-        default = Reading()
-        if (self.size, self.fit, self.background) == (default.size, default.fit, "white"):
+        """Suffix of the cache's name for how images are made; empty for the defaults."""
+        if (self.size, self.fit, self.background, self.channels) == (None, "crop", "white", None):
             return ""
         colour = "".join(c for c in self.background.lower() if c.isalnum())
-        return f"-{self.size}-{self.fit}-{colour}"
+        channels = "" if self.channels is None else f"-{self.channels}"
+        return f"-{self.size or 'own'}-{self.fit}-{colour}{channels}"

@@ -19,6 +19,7 @@ from memmeta.data._dataset import DataError, Dataset
 from memmeta.data._episodes import Episodes
 from memmeta.data._host import HostDataset, HostEpisodes, on_host
 from memmeta.data._reading import Reading
+from memmeta.data._resize import resized_dataset
 
 Split: TypeAlias = Dataset | sinusoid.Sinusoid | tides.Tides
 """One split of a data set: classes of examples, or a family of curves."""
@@ -31,7 +32,7 @@ class Source(NamedTuple):
         name: the data set's name; one that ends in a colon stands for all names that begin with it.
         load: function of (name, split, data_dir) that returns the split.
         outside: whether it reads or makes files outside the package; `load` then takes a `Reading`
-            as its fourth argument.
+            as its fourth argument. Data sets in memory get their size and channels afterwards.
     """
 
     name: str
@@ -70,7 +71,7 @@ def load(
             `data_dir`.
         split: "train", "validation" or "test"; no class is in two splits.
         data_dir: the folder of data sets that are not embedded in the package.
-        reading: how image files are read, and the limits on their size.
+        reading: the size and the channels of images, how files are read, and limits on them.
 
     Returns:
         The split: a `Dataset`, with examples grouped by class and stored as uint8, or a family of
@@ -117,19 +118,20 @@ def load_host(
     return found
 
 
-def touches_files(name: str, data_dir: Path | None) -> bool:
+def touches_files(name: str, data_dir: Path | None, reading: Reading = Reading()) -> bool:
     """Whether loading a data set now would use files outside the package and the user's cache.
 
     Args:
         name: as for `load`.
         data_dir: as for `load`.
+        reading: as for `load`.
 
     Raises:
         DataError: the name is unknown.
     """
     if not _source(name).outside:
         return False
-    return data_dir is not None or not from_tfds.is_converted(name)
+    return data_dir is not None or not from_tfds.is_converted(name, reading)
 
 
 def _source(name: str) -> Source:
@@ -152,7 +154,14 @@ def _load(
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r} of {name}: choose one of {', '.join(SPLITS)}")
     place = None if data_dir is None else Path(data_dir)
-    return source.load(name, split, place, *([reading] if source.outside else []))
+    found = source.load(name, split, place, *([reading] if source.outside else []))
+    if isinstance(found, HostDataset):
+        return found  # converted to its size
+    if isinstance(found, Dataset):
+        return resized_dataset(found, reading)
+    if (reading.size, reading.channels) != (None, None):
+        raise DataError(f"channels and image_size: {name} has curves and no images")
+    return found
 
 
 def sampler(

@@ -1,8 +1,6 @@
 """Hypergradient estimators: one file each, all called in the same way."""
 
-from typing import Any
-
-from memmeta import _checks
+from memmeta._readable import readable
 from memmeta.hypergradient._catalogue import ESTIMATORS
 from memmeta.hypergradient._estimator import TaskGradient, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
@@ -46,6 +44,4 @@ __all__ = [
     "unrolled",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    raise _checks.no_attribute("memmeta.hypergradient", name, __all__)
+readable(__name__)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+from memmeta._readable import Catalogue
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile
@@ -40,33 +41,37 @@ class Entry(NamedTuple):
     error: float = 0.0
 
 
-ESTIMATORS: dict[str, Entry] = {
-    "implicit": Entry(implicit, "solution", "flat"),
-    "implicit-minres": Entry(lambda: implicit(minres(40)), "solution", "flat"),
-    "implicit-neumann": Entry(lambda: implicit(neumann(1000)), "solution", "flat"),
-    "implicit-direct": Entry(lambda: implicit(direct()), "solution", "flat"),
-    "implicit-woodbury": Entry(lambda: implicit(woodbury()), "solution", "flat", heads=True),
-    "fixed_point": Entry(lambda: fixed_point(gmres(40)), "solution", "flat"),
-    "implicit-gmres": Entry(lambda: implicit(gmres(40)), "solution", "flat"),
-    "perturbed": Entry(perturbed, "solution", "flat", error=1e-9),
-    "sample_space-solution": Entry(
-        lambda: sample_space("solution"), "solution", "flat", heads=True
-    ),
-    "sample_space-steps": Entry(lambda: sample_space("steps"), "steps", "flat", heads=True),
-    "unrolled": Entry(unrolled, "steps", "linear"),
-    "unrolled-step": Entry(lambda: unrolled("step"), "steps", "linear"),
-    "unrolled-sqrt": Entry(lambda: unrolled("sqrt"), "steps", "root"),
-    "unrolled-recursive": Entry(lambda: unrolled("recursive"), "steps", "logarithmic"),
-    "mixed_mode": Entry(mixed_mode, "steps", "linear"),
-    "hessian_free": Entry(hessian_free, "steps", "linear", error=1e-9),
-    "forward_mode": Entry(forward_mode, "steps", "flat"),
-    "forward_mode-random": Entry(lambda: forward_mode(4), "steps", "flat", random=True),
-    "finite_difference": Entry(
-        lambda: finite_difference(4), "steps", "flat", random=True, error=1e-9
-    ),
-    "evolution_strategies": Entry(evolution_strategies, "steps", "flat", random=True, error=1e-3),
-    "truncated": Entry(lambda: truncated(3), "own", "flat"),
-    "first_order": Entry(first_order, "own", "flat"),
-    "reptile": Entry(reptile, "own", "flat"),
-}
+ESTIMATORS: Catalogue[Entry] = Catalogue(
+    {
+        "implicit": Entry(implicit, "solution", "flat"),
+        "implicit-minres": Entry(lambda: implicit(minres(40)), "solution", "flat"),
+        "implicit-neumann": Entry(lambda: implicit(neumann(1000)), "solution", "flat"),
+        "implicit-direct": Entry(lambda: implicit(direct()), "solution", "flat"),
+        "implicit-woodbury": Entry(lambda: implicit(woodbury()), "solution", "flat", heads=True),
+        "fixed_point": Entry(lambda: fixed_point(gmres(40)), "solution", "flat"),
+        "implicit-gmres": Entry(lambda: implicit(gmres(40)), "solution", "flat"),
+        "perturbed": Entry(perturbed, "solution", "flat", error=1e-9),
+        "sample_space-solution": Entry(
+            lambda: sample_space("solution"), "solution", "flat", heads=True
+        ),
+        "sample_space-steps": Entry(lambda: sample_space("steps"), "steps", "flat", heads=True),
+        "unrolled": Entry(unrolled, "steps", "linear"),
+        "unrolled-step": Entry(lambda: unrolled("step"), "steps", "linear"),
+        "unrolled-sqrt": Entry(lambda: unrolled("sqrt"), "steps", "root"),
+        "unrolled-recursive": Entry(lambda: unrolled("recursive"), "steps", "logarithmic"),
+        "mixed_mode": Entry(mixed_mode, "steps", "linear"),
+        "hessian_free": Entry(hessian_free, "steps", "linear", error=1e-9),
+        "forward_mode": Entry(forward_mode, "steps", "flat"),
+        "forward_mode-random": Entry(lambda: forward_mode(4), "steps", "flat", random=True),
+        "finite_difference": Entry(
+            lambda: finite_difference(4), "steps", "flat", random=True, error=1e-9
+        ),
+        "evolution_strategies": Entry(
+            evolution_strategies, "steps", "flat", random=True, error=1e-3
+        ),
+        "truncated": Entry(lambda: truncated(3), "own", "flat"),
+        "first_order": Entry(first_order, "own", "flat"),
+        "reptile": Entry(reptile, "own", "flat"),
+    }
+)
 """Every estimator, by name: the shared conformance and memory tests run over this list."""

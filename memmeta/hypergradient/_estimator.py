@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report, Wanted
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState
@@ -120,6 +121,7 @@ def embedded(problem: Problem, meta_params: MetaParams, tasks: Batch) -> Embedde
     return Embedded(problem, wide, SplitContext(active, passive), dependent, pull_back)
 
 
+@named
 def per_task(rule: TaskRule, name: str, seen: Seen = loop_seen) -> Estimator:
     r"""Make a chunk estimator of a rule for one task.
 

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._differences import shifted
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
@@ -13,6 +14,7 @@ from memmeta.inner import InnerLoop
 from memmeta.problem import MetaParams, Problem
 
 
+@named
 def evolution_strategies(
     directions: int = 16, scale: float = 1e-2, *, estimate_error: bool = False
 ) -> Estimator:

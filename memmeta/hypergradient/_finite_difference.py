@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._directions import along_directions, reported
 from memmeta.hypergradient._estimator import (
@@ -28,6 +29,7 @@ from memmeta.inner._loop import widened
 from memmeta.problem import Context, MetaParams, Params, Problem, Scalar, SplitContext
 
 
+@named
 def finite_difference(
     directions: int = 1, scale: float | None = None, *, estimate_error: bool = False
 ) -> Estimator:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memmeta._readable import named
 from memmeta.certificate._estimate import gain_along, given_curvature, residuals_with_error
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
@@ -14,6 +15,7 @@ from memmeta.inner import InnerLoop
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
 
+@named
 def first_order(*, estimate_error: bool = False) -> Estimator:
     r"""FOMAML: dφ_K/dφ₀ counts as the identity.
 
@@ -64,6 +66,7 @@ def _error(
     return residuals_with_error(problem, params, nothing, outer, context, curvature, gain)[1].total
 
 
+@named
 def reptile() -> Estimator:
     r"""Reptile: towards the adapted parameters; the outer loss is reported, not differentiated.
 

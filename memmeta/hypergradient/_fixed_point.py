@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
 from memmeta.inner import InnerLoop, InnerState
@@ -34,6 +35,7 @@ class Point(NamedTuple):
 Step = Callable[[Point, Context], Point]
 
 
+@named
 def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
     r"""The hypergradient where φ* = T(φ*, c), T one step of the inner solver; memory is flat in K.
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
@@ -18,6 +19,7 @@ WIDTH = 16
 """Tangents carried at once: memory against the number of passes."""
 
 
+@named
 def forward_mode(directions: int | None = None, *, estimate_error: bool = True) -> Estimator:
     r"""The gradient of the loop as it is run, by tangents carried along; memory is flat in K.
 

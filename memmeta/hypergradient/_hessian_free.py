@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._gradient_rules import with_products
@@ -19,6 +20,7 @@ from memmeta.inner import InnerLoop, InnerState
 from memmeta.problem import Context, MetaParams, Params, Problem
 
 
+@named
 def hessian_free(scale: float | None = None, *, estimate_error: bool = False) -> Estimator:
     r"""`unrolled` without second derivatives: central differences of first ones.
 

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.certificate._bound import Measured
 from memmeta.certificate._certify import certify_measured
 from memmeta.certificate._estimate import (
@@ -45,6 +46,7 @@ SYSTEM = 2**31 - 4
 """What keeps the draws of the linear system apart from those of the inner steps."""
 
 
+@named
 def implicit(
     solver: LinearSolver = cg(20),
     *,

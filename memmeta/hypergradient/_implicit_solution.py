@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.hypergradient._estimator import report_of_loop
 from memmeta.hypergradient._fixed_point import Point, point_of, step_map
 from memmeta.hypergradient._seam import Report
@@ -21,6 +22,7 @@ from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 Equation: TypeAlias = Literal["minimum", "fixed_point"]
 
 
+@named
 def implicit_solution(
     inner_loss: Callable[[Params, Context], Scalar],
     inner: InnerLoop = InnerLoop(),

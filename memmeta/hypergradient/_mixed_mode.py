@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from memmeta._readable import named
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._gradient_rules import with_products
 from memmeta.hypergradient._seam import Estimator
@@ -15,6 +16,7 @@ from memmeta.inner import InnerLoop, InnerState
 from memmeta.problem import Context, Params, Problem
 
 
+@named
 def mixed_mode(*, estimate_error: bool = True) -> Estimator:
     r"""The same gradient as `unrolled`, with Hessian products forward over reverse.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.hypergradient._differences import step_length
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
@@ -16,6 +17,7 @@ from memmeta.inner import InnerLoop
 from memmeta.problem import Context, MetaParams, Params, Problem, Scalar
 
 
+@named
 def perturbed(delta: float | None = None) -> Estimator:
     r"""The implicit hypergradient without a second derivative; memory does not grow with K.
 

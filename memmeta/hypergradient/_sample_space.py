@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.certificate._estimate import error_of_given
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
@@ -57,6 +58,7 @@ class Query(NamedTuple):
     logits: Float[Array, "query ways"]
 
 
+@named
 def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -> Estimator:
     r"""Run and differentiate a linear head's inner loop on (support × ways) + 1 numbers.
 

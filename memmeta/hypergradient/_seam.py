@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Params, Problem
 
@@ -181,6 +182,7 @@ class Estimator(Protocol):
         ...
 
 
+@named
 def scheduled(at: Callable[[Int32[Array, ""]], Estimator]) -> Estimator:
     """An estimator that changes from one outer iteration to the next.
 

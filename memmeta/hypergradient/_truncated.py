@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, steps_seen
@@ -12,6 +13,7 @@ from memmeta.inner import InnerLoop, InnerState
 from memmeta.problem import Context, MetaParams, Problem
 
 
+@named
 def truncated(last: int, *, estimate_error: bool = True) -> Estimator:
     r"""`unrolled` through the last k steps; φ_{K−k} counts as a constant.
 

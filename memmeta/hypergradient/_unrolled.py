@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.certificate._estimate import error_of_given, tilted
 from memmeta.hypergradient._estimator import (
     TaskGradient,
@@ -31,6 +32,7 @@ Loop: TypeAlias = Callable[[Problem, InnerLoop, InnerState, Context, Key[Array, 
 """(problem, inner, the state before the first step, context, key) -> the state after the last."""
 
 
+@named
 def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator:
     r"""The exact gradient of f(φ_K(θ), θ) through all K steps; memory grows with K.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.problem import Context, Params, Problem, Scalar, hessian_product
@@ -90,6 +91,7 @@ def _descend(
     return trees.where(accepted, proposal, params), accepted, norm
 
 
+@named
 def gradient_descent() -> InnerSolver:
     r"""Gradient descent at the rate 1/L.
 
@@ -126,6 +128,7 @@ def gradient_descent() -> InnerSolver:
     return InnerSolver(init, update, carried=False)
 
 
+@named
 def accelerated() -> InnerSolver:
     r"""Nesterov's accelerated gradient descent at the rate 1/L, the default inner solver.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar
@@ -27,6 +28,7 @@ class NewtonState(NamedTuple):
     damping: Scalar
 
 
+@named
 def newton(solver: LinearSolver | None = cg(20)) -> InnerSolver:
     r"""Newton-CG: quadratic convergence near a minimum; a step that does not decrease g is refused.
 

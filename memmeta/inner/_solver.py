@@ -15,6 +15,7 @@ from jaxtyping import Array, Int32, Key
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.problem import Context, Params, Problem, Scalar
 
 
@@ -32,6 +33,7 @@ class InnerSolver(NamedTuple):
         optimizer: the optax optimiser that makes the steps, if one does.
         carried: whether a loop that goes on from an earlier meta-step keeps the state. False for
             states that were measured at the θ of their time: they are made anew.
+        name: what it is called in its repr.
 
     Example:
         >>> import memmeta as mm
@@ -49,8 +51,10 @@ class InnerSolver(NamedTuple):
     ]
     optimizer: optax.GradientTransformationExtraArgs | None = None
     carried: bool = True
+    name: str | None = None
 
 
+@named
 def from_optax(optimizer: Any) -> InnerSolver:
     """Steps of an optax optimiser on the inner loss.
 

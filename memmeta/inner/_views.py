@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.problem import Context
 
 View: TypeAlias = Callable[[Context, Key[Array, ""], Int32[Array, ""]], Context]
@@ -23,6 +24,7 @@ SORTED, ROUNDS = 512, 6
 """So many rows are sorted at random; more go through so many rounds of a network."""
 
 
+@named
 def minibatch(size: int, of: Callable[[str], bool]) -> View:
     r"""A few rows in each step, drawn without replacement within an epoch.
 
@@ -91,6 +93,7 @@ def _depends_on_step() -> ValueError:
     )
 
 
+@named
 def step_by_step(of: Callable[[str], bool]) -> View:
     """Data that have an axis of steps already: step k sees entry k of it.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from memmeta._readable import readable
 from memmeta.linear_solve._bicgstab import bicgstab
 from memmeta.linear_solve._cg import cg
 from memmeta.linear_solve._direct import direct
@@ -65,3 +66,5 @@ __all__ = [
     "optimistix_adjoint",
     "woodbury",
 ]
+
+readable(__name__)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, make_solver
 
 
+@named
 def direct(*, damping: float = 0.0) -> LinearSolver:
     r"""Writes A out, one product per dimension, and solves by its eigenvectors.
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -19,6 +20,7 @@ from memmeta.linear_solve._solution import (
 )
 
 
+@named
 def gmres(
     steps: int = 20,
     *,

@@ -6,9 +6,11 @@ from jaxtyping import Array, Float
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 
 
+@named
 def jacobi(probes: int = 16, *, block: int = 1) -> Preconditioner:
     r"""The (block-)diagonal preconditioner: M = diag(A) + λ I, estimated from products.
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 from memmeta.problem import (
     Composite,
@@ -28,6 +29,7 @@ class Factors(NamedTuple):
     inverse: Float[Array, "rows columns"]
 
 
+@named
 def kronecker(probes: int = 8, *, key: Key[Array, ""] | None = None) -> Preconditioner:
     r"""The Kronecker-factored preconditioner, for dense and convolutional layers of any network.
 

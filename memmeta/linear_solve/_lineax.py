@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from memmeta._readable import named
 from memmeta.linear_solve._cg import cg
 from memmeta.linear_solve._solution import (
     Found,
@@ -16,6 +17,7 @@ from memmeta.linear_solve._solution import (
 from memmeta.linear_solve._status import Status
 
 
+@named
 def from_lineax(solver: Any, *, tags: Any = (), damping: float = 0.0) -> LinearSolver:
     """Any lineax solver as one of memmeta's, its result translated into the `status`.
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -24,6 +25,7 @@ from memmeta.linear_solve._solution import (
 )
 
 
+@named
 def minres(
     steps: int = 20,
     *,

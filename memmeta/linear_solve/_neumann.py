@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -23,6 +24,7 @@ from memmeta.linear_solve._spectrum import power_iteration
 POWER_STEPS = 8
 
 
+@named
 def neumann(
     steps: int = 20,
     *,

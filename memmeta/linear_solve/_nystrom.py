@@ -6,9 +6,11 @@ from jaxtyping import Array, Float, Key
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 
 
+@named
 def nystrom(rank: int = 20, *, key: Key[Array, ""] | None = None) -> Preconditioner:
     r"""The randomised Nyström preconditioner, for spectra that fall off.
 

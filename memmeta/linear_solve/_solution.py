@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from memmeta import _checks
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.linear_solve._status import Status, is_asymmetric, is_positive
 from memmeta.problem import Context, Params, Problem
 
@@ -170,6 +171,7 @@ def unit(b: Vector) -> tuple[Vector, Float[Array, ""]]:
     return jax.tree.map(lambda x: x / jnp.where(norm > 0, norm, 1).astype(x.dtype), b), norm
 
 
+@named
 def make_solver(
     method: Method,
     damping: float = 0.0,

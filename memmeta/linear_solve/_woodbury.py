@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.linear_solve._solution import (
     LinearSolution,
     LinearSolver,
@@ -20,6 +21,7 @@ from memmeta.problem import Context, LinearHead, Params, Problem, stacked, unsta
 REFINEMENTS = 2
 
 
+@named
 def woodbury(*, damping: float = 0.0) -> LinearSolver:
     r"""Exact solve for a linear head by the Woodbury identity; needs a `Structure.head`.
 

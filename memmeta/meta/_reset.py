@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Int32, Key
 
 from memmeta import _checks
+from memmeta._readable import named
 from memmeta.hypergradient import Report
 
 Reset: TypeAlias = Callable[[Key[Array, ""], Int32[Array, ""], Report], Bool[Array, ""]]
@@ -19,6 +20,7 @@ LIFETIME = 2**31 - 3
 """What keeps a lifetime apart from the other draws that are made with a member's key."""
 
 
+@named
 def reset_every(steps: int) -> Reset:
     """A member begins anew once it has made so many inner steps.
 
@@ -39,6 +41,7 @@ def reset_every(steps: int) -> Reset:
     return lambda key, made, report: made >= steps
 
 
+@named
 def lifetimes(least: int, most: int) -> Reset:
     """A member begins anew after a number of inner steps that is drawn for each of its lives.
 

@@ -1,6 +1,7 @@
 """The meta-step: hypergradients of chunks of tasks summed in a scan, one outer update, one jit."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -19,6 +20,7 @@ from memmeta.hypergradient import Chunk, Estimator
 from memmeta.hypergradient._seam import Memory, Wanted
 from memmeta.inner import InnerLoop
 from memmeta.inner._solver import about, as_transformation
+from memmeta.meta._compiling import said_if_long
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
 from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
@@ -167,19 +169,22 @@ class MetaStep:
             FloatingPointError: the step is `strict` and something went wrong; see `explain`.
         """
         self.chunk(tasks)
-        self._look(state, tasks)
-        following, metrics = self.compiled(state, place(self.mesh, tasks, P(TASKS)))
+        unmet = self._look(state, tasks)
+        with said_if_long("the meta-step") if unmet else nullcontext():
+            following, metrics = self.compiled(state, place(self.mesh, tasks, P(TASKS)))
         if self.strict and in_trouble(metrics):
             raise FloatingPointError(explain(metrics))
         return following, metrics
 
-    def _look(self, state: MetaState, tasks: Batch) -> None:
-        """`first_look` at a batch of shapes that this object has not met before."""
+    def _look(self, state: MetaState, tasks: Batch) -> bool:
+        """`first_look` at a batch of shapes that this object has not met before; whether it is."""
         leaves, structure = jax.tree.flatten(tasks)
         met = structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if met not in self._met:
             first_look(self.problem, self.inner, state.meta_params, tasks)
             self._met.add(met)
+            return True
+        return False
 
     @cached_property
     def _met(self) -> set[Any]:

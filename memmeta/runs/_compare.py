@@ -15,7 +15,10 @@ from memmeta.runs._records import Row
 from memmeta.runs._stored import confirmed, require_unaltered
 from memmeta.runs._trainer import TEST, make_trainer
 
-SAME = ("data", "ways", "shots", "test_queries", "uneven", "image_size", "image_fit", "background")
+SAME = (
+    *("data", "ways", "shots", "test_queries", "uneven"),
+    *("image_size", "channels", "image_fit", "background"),
+)
 """Options by which the test episodes are drawn."""
 
 
@@ -73,4 +76,4 @@ def _accuracies(folder: RunFolder, config: Config, episodes: int, limits: Limits
     require_unaltered(folder, folder.config())
     made = make_trainer(config, devices.chosen(None, config.tasks), limits)
     trainer, state = made.restored(folder.checkpoints)
-    return trainer.accuracies(state, "test", trainer.judged["any styles"], episodes, TEST)
+    return trainer.accuracies(state, "test", trainer.usual, episodes, TEST)

@@ -1,7 +1,6 @@
 """The options of a run: one dataclass for the command line, the run folder and `train`."""
 
 import dataclasses
-import inspect
 import json
 import typing
 from dataclasses import dataclass, replace
@@ -14,20 +13,38 @@ import optax
 from jaxtyping import Array
 
 from memmeta import algorithms
-from memmeta.data import Augmentation, Dataset, Episodes, HostDataset, Warp, normalisation
+from memmeta.data import (
+    Augmentation,
+    Dataset,
+    Episodes,
+    HostDataset,
+    Limits,
+    Reading,
+    Warp,
+    normalisation,
+)
 from memmeta.data._files import FileError, decode
+from memmeta.data._reading import Progress, silent
 from memmeta.few_shot._examples import squared_errors
 from memmeta.few_shot._networks import Statistics
 from memmeta.few_shot.algorithms import Learner
-from memmeta.inner import InnerLoop
 from memmeta.models import Network
 from memmeta.problem import Params
+from memmeta.runs import _methods as methods
 from memmeta.runs import _networks as networks
 
 if TYPE_CHECKING:
     Method: TypeAlias = str
 else:
     Method = Literal[tuple(algorithms.METHODS)]  # the command line shows the choices
+
+
+QUERIES, TEST_QUERIES = 5, 15  # of each class, where the data have so many
+FAMILIES = {
+    "glyphs": ("any styles", "different font families"),
+    "emoji": ("any designs", "different designers"),
+}
+"""What episodes of any examples, and of support and query from different families, are called."""
 
 
 class UserError(Exception):
@@ -49,8 +66,11 @@ class Config:
     on_host: bool = False
     """Leave the data on the host, for data larger than the device's memory; the tasks are the same.
     Data from a folder or a download are memory-mapped."""
-    image_size: int = 84
-    """Side in pixels of the square that image files of a folder are resized to."""
+    image_size: int | None = None
+    """Side in pixels of the square that images are resized to; None: 84 for files of a folder, and
+    for others the size that they have."""
+    channels: Literal[1, 3] | None = None
+    """1 for grey images, 3 for colour; None: as the data are."""
     image_fit: Literal["crop", "squeeze"] = "crop"
     """How images become square: take the middle, or resize each side by its own factor."""
     background: str = "white"
@@ -59,10 +79,10 @@ class Config:
     """Classes in a task."""
     shots: int = 1
     """Support examples of each class."""
-    queries: int = 5
-    """Query examples of each class in training."""
-    test_queries: int = 15
-    """Query examples of each class in evaluation."""
+    queries: int | None = None
+    """Query examples of each class in training; None: 5, or as many as the data have."""
+    test_queries: int | None = None
+    """Query examples of each class in evaluation; None: 15, or as many as the data have."""
     uneven: bool = False
     """Also use classes that have fewer examples than SHOTS and QUERIES ask for."""
     cross_family: bool | None = None
@@ -114,6 +134,18 @@ class Config:
     cg_steps: int | None = None
     """Conjugate-gradient steps of each task's linear system, for implicit methods; None: the
     method's own default."""
+    terms: int | None = None
+    """Terms of stocbio's Neumann series; None: 20."""
+    directions: int | None = None
+    """Random directions of pzobo in each task; None: 1."""
+    first_rate: float | None = None
+    """Rate that meta_sgd's learned inner rates start from; None: 0.4."""
+    recompute_features: bool | None = None
+    """Run the network anew in every inner step, as the code of some papers does, for methods that
+    can (anil, itd_bio); None: no."""
+    adapts: str | None = None
+    """What adapts, for methods where this can be chosen: head, body, all, or a regular expression
+    that is searched in the paths of parameters, such as body/Conv_0/kernel; None: all."""
     tasks: int = 8
     """Tasks in a meta-step."""
     task_chunk: int | None = None
@@ -134,11 +166,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _require_kinds(vars(self))
-        sizes = ("image_size", "ways", "shots", "queries", "test_queries", "width", "tasks")
+        sizes = (
+            *("image_size", "channels", "ways", "shots", "queries", "test_queries"),
+            *("width", "terms", "directions", "tasks"),
+        )
         for name in (*sizes, "log_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in sizes:
-            _require(name, getattr(self, name), getattr(self, name) <= 2**16, "at most 65536")
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "at least 1")
+            fits = value is None or name == "log_every" or value <= 2**16
+            _require(name, value, fits, "at most 65536")
         for name in ("inner_steps", "test_steps", "cg_steps", "ridge", "proximal"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 0, "0 or more")
@@ -146,8 +182,9 @@ class Config:
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("episodes", self.episodes, self.episodes >= 2, "at least 2")
         _require("rate", self.rate, self.rate > 0, "more than 0")
-        if self.inner_rate is not None:
-            _require("inner_rate", self.inner_rate, self.inner_rate > 0, "more than 0")
+        for name in ("inner_rate", "first_rate"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "more than 0")
         every = self.saved_every
         multiple = every >= 1 and every % self.log_every == 0
         _require("checkpoint_every", every, multiple, f"a multiple of log_every={self.log_every}")
@@ -190,7 +227,7 @@ class Config:
         return Episodes(
             self.ways,
             self.shots,
-            self.queries,
+            QUERIES if self.queries is None else self.queries,
             cross_family=cross_family,
             augmentation=augmentation,
             uneven=self.uneven,
@@ -201,20 +238,26 @@ class Config:
 
         The arguments are those of `training_episodes`.
         """
-        any_style = Episodes(
-            self.ways,
-            self.shots,
-            self.test_queries,
-            augmentation=normalised,
-            uneven=self.uneven,
+        queries = TEST_QUERIES if self.test_queries is None else self.test_queries
+        usual = Episodes(
+            self.ways, self.shots, queries, augmentation=normalised, uneven=self.uneven
         )
         if len(train.family_names) == 1:
-            return {"any styles": any_style}
+            return {"held-out classes": usual}
         # a family has at most half of a class's examples, so that fewer queries are possible
-        queries = min(self.test_queries, 5)
-        other_family = replace(any_style, queries=queries, cross_family=True)
-        kind = "font families" if train.name == "glyphs" else "families"
-        return {"any styles": any_style, f"different {kind}": other_family}
+        other_family = replace(usual, queries=min(queries, 5), cross_family=True)
+        any_family, different = FAMILIES.get(train.name, ("any family", "different families"))
+        return {any_family: usual, different: other_family}
+
+    def reading(self, limits: Limits = Limits(), progress: Progress = silent) -> Reading:
+        """How images are read.
+
+        Args:
+            limits: limits on what data files may contain.
+            progress: shows how far a conversion or a check of the data is.
+        """
+        how = (self.image_size, self.image_fit, self.background)
+        return Reading(*how, limits, progress, self.channels)
 
     def made_network(self, image_shape: tuple[int, ...]) -> Network:
         """The network that fits examples of a shape: height, width and channels."""
@@ -246,32 +289,20 @@ class Config:
             UserError: an option was given that the method does not have, or the method cannot be
                 used by the command line.
         """
-        method = algorithms.METHODS[self.method]
         remedy = "; it needs a finite set of tasks: memmeta.meta.WarmStart in a loop of your own"
         expected = "a method that starts every task afresh, such as memory_reduced"
         _require("method", self.method, self.method != "amigo", expected + remedy)
-        known = inspect.signature(method).parameters
-        options = {name: getattr(self, name) for name in ("ridge", "cg_steps", "proximal")}
+        options = {name: getattr(self, name) for name in (*methods.LOOP, *methods.OWN, "adapts")}
+        if test and self.test_steps is not None:
+            options["inner_steps"] = self.test_steps
         given = {name: value for name, value in options.items() if value is not None}
-        for name in given:
-            _require(
-                name, given[name], name in known, f"no value: {self.method} has no such option"
-            )
+        arguments: dict[str, Any] = {"statistics": self.statistics}
         if self.head_start == "random":
-            _require("head_start", "random", "start" in known, f"zeros: {self.method} has no start")
-            given["start"] = self.drawn_head(image_shape) if head is None else head
-        if "inner" in known:
-            steps = self.test_steps if test and self.test_steps is not None else self.inner_steps
-            given["inner"] = self._inner(known["inner"].default, steps)
+            given["head_start"] = self.head_start
+            arguments["start"] = self.drawn_head(image_shape) if head is None else head
         if self.loss == "squared_error":
-            given["loss"] = squared_error
-        network = self.made_network(image_shape)
-        learner: Learner = method(network, statistics=self.statistics, **given)
-        return learner
-
-    def _inner(self, default: InnerLoop, steps: int | None) -> InnerLoop:
-        solver = default.solver if self.inner_rate is None else optax.sgd(self.inner_rate)
-        return InnerLoop(solver, default.steps if steps is None else steps)
+            arguments["loss"] = squared_error
+        return methods.learner(self.method, self.made_network(image_shape), given, arguments)
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam with a learning rate that falls from `rate` to zero as a cosine over the run."""
@@ -330,7 +361,7 @@ def _require_kinds(values: dict[str, Any]) -> None:
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value, which may come from an untrusted file, has an annotated type."""
     if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
+        return any(value == each and type(value) is type(each) for each in typing.get_args(kind))
     if typing.get_origin(kind) is not None:
         return any(_is(value, each) for each in typing.get_args(kind))
     if kind is int:
@@ -343,7 +374,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _said(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(typing.get_args(kind))
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if kinds := typing.get_args(kind):
         return " or ".join(_said(each) for each in kinds)
     names = {int: "a whole number below 2³¹", float: "a finite number", type(None): "nothing"}

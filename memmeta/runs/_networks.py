@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -41,16 +42,11 @@ def network(
     Raises:
         ValueError: there is no network of that name, or its factory does not make one.
     """
-    options = {"head_scale": 1.0, "dtype": DTYPES[dtype]}
-    if name == "conv4":
-        made = models.conv4(
-            ways, width=width, image_shape=image_shape, round_up=round_up, **options
-        )
-    elif name == "resnet12":
-        widths = (width, 2 * width, 3 * width, 4 * width)
-        made = models.resnet12(ways, widths=widths, image_shape=image_shape, **options)
-    elif name == "mlp":
-        made = models.mlp(ways, (width, width), image_shape, **options)
+    if name in ("conv4", "resnet12", "mlp"):
+        try:
+            made = _ours(name, ways, image_shape, width, round_up, dtype)
+        except ValueError as error:
+            raise ValueError(str(error).replace("image_shape", "image_size")) from error
     elif is_module(name):
         try:
             found = _factory(name)(ways, image_shape)
@@ -69,6 +65,23 @@ def network(
             f"--network {name}: expected conv4, resnet12, mlp or module:PATH.TO:FACTORY"
         )
     return made
+
+
+def _ours(
+    name: str,
+    ways: int,
+    image_shape: tuple[int, int, int],
+    width: int,
+    round_up: bool,
+    dtype: str,
+) -> Network:
+    options: Any = {"image_shape": image_shape, "head_scale": 1.0, "dtype": DTYPES[dtype]}
+    if name == "conv4":
+        return models.conv4(ways, width=width, round_up=round_up, **options)
+    if name == "resnet12":
+        return models.resnet12(ways, widths=(width, 2 * width, 3 * width, 4 * width), **options)
+    del options["image_shape"]
+    return models.mlp(ways, (width, width), image_shape, **options)
 
 
 def _factory(name: str) -> Callable[[int, tuple[int, int, int]], object]:

@@ -39,7 +39,7 @@ def confirmed(
     config = config if data is None else replace(config, data=data, data_dir=None)
     if data_dir is not None:
         return replace(config, data_dir=data_dir)
-    if touches_files(config.data, config.data_dir):
+    if touches_files(config.data, config.data_dir, config.reading()):
         named = "" if config.data_dir is None else f" in {config.data_dir}"
         raise UserError(
             f"data_dir: the configuration wants to use the data set {config.data}{named}, where "

@@ -55,7 +55,7 @@ def train(
         OSError: the folder cannot be written; what was written before stays.
     """
     config, state, metrics = trainer.config, trainer.init(), None
-    validation = trainer.judged["any styles"]
+    validation = trainer.usual
     if resume:
         state = _resumed(trainer, folder, state)
     with interruptible() as interrupted:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +22,6 @@ from memmeta.data import (
     HostDataset,
     HostEpisodes,
     Limits,
-    Reading,
     load,
     load_host,
 )
@@ -37,6 +37,7 @@ from memmeta.runs import _devices as devices
 from memmeta.runs import checkpoints
 from memmeta.runs._blocks import Block
 from memmeta.runs._config import Config, UserError
+from memmeta.runs._fitting import fitting
 
 log = logging.getLogger("memmeta")
 
@@ -66,6 +67,11 @@ class Trainer:
     training: Episodes
     judged: dict[str, Episodes]
     head: Params | None = None
+
+    @property
+    def usual(self) -> Episodes:
+        """The sampler of validation and of comparisons: the first of `judged`."""
+        return next(iter(self.judged.values()))
 
     @property
     def everywhere(self) -> NamedSharding | None:
@@ -256,17 +262,23 @@ def make_trainer(
     """
     names = ("train", "validation", "test")
     read = load_host if config.on_host else load
-    how = Reading(config.image_size, config.image_fit, config.background, limits, progress)
+    how = config.reading(limits, progress)
     splits = {name: _classes(read(config.data, name, config.data_dir, how)) for name in names}
     train, normalised = _index(splits["train"]), config.normalised(splits["train"])
     training = config.training_episodes(train, normalised)
     evaluation = config.test_episodes(train, normalised)
+    judged = [_index(splits[name]) for name in ("validation", "test")]
+    if config.queries is None:
+        training = fitting(training, [train])
+    if config.test_queries is None:
+        evaluation = {name: fitting(sampler, judged) for name, sampler in evaluation.items()}
     training.check(train)
-    for name, sampler in product(("validation", "test"), evaluation.values()):
+    for split, sampler in product(judged, evaluation.values()):
         try:
-            sampler.check(_index(splits[name]))
-        except DataError as error:
-            raise DataError(str(error).replace("queries=", "--test-queries=")) from error
+            sampler.check(split)
+        except DataError as error:  # two options are called queries, and here the second is meant
+            said = re.sub(r"\bqueries(?=\b[=\s])", "test_queries", str(error))
+            raise DataError(said) from error
     head = config.drawn_head(splits["train"].example_shape)
     learner = config.learner(splits["train"].example_shape, head=head)
     meta_step = learner.make_meta_step(

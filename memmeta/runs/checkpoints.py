@@ -21,6 +21,7 @@ import msgspec
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from memmeta._readable import readable
 from memmeta.data._files import (
     FileError,
     own_folder,
@@ -271,3 +272,6 @@ def _tidy(folder: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+readable(__name__)

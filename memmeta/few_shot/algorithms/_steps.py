@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 
 from memmeta import _checks, hypergradient
 from memmeta import _trees as trees
+from memmeta._readable import named
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import (
     Adapts,
@@ -171,6 +172,7 @@ def itd_bio(
     return Learner(problem, inner, hypergradient.unrolled(), body_alone(network))
 
 
+@named
 def learned_rates() -> InnerSolver:
     r"""Gradient steps with one rate a parameter, the context's `rates`: φ − α ⊙ ∇_φ g."""
 

@@ -97,8 +97,17 @@ def points(
     lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0
 ) -> tuple[list[int], list[float]]:
     """The meta-steps and scaled values of one metric, at the log points that have it."""
-    known = [line for line in lines if line.get(key) is not None]
-    return [line["step"] for line in known], [scale * line[key] for line in known]
+    known = [(line["step"], value) for line in lines if (value := _value(line, key)) is not None]
+    return [step for step, _ in known], [scale * value for _, value in known]
+
+
+def _value(line: dict[str, Any], key: str) -> float | None:
+    """A metric of a log point; an error as a share of the meta-gradient's length."""
+    found: float | None = line.get(key)
+    if found is None or key not in ERRORS:
+        return found
+    length = line.get("gradient_norm") or 0.0
+    return found / length if length > 0 else None
 
 
 def over_steps(
@@ -229,6 +238,7 @@ def health(runs: Sequence[Judged]) -> list[Chart]:
     return [chart for chart in found if chart is not None]
 
 
+ERRORS = ("error_estimate", "error_bound")
 HEALTH = (
     (
         "inner_gradient_norm",
@@ -252,14 +262,15 @@ HEALTH = (
     ),
     (
         "error_estimate",
-        "Estimated error of the hypergradient",
-        "In the space of the context, mean over tasks.",
+        "Estimated error over the meta-gradient's length",
+        "Mean over tasks; of linear heads the error in feature space. Above 1: as long as the "
+        "meta-gradient itself.",
         True,
     ),
     (
         "error_bound",
-        "Bound on the error of the hypergradient",
-        "Rigorous, mean over tasks.",
+        "Bound on the error over the meta-gradient's length",
+        "Rigorous, mean over tasks; of linear heads of the error in feature space.",
         True,
     ),
     ("inner_steps", "Inner steps made", "Fewer than asked for where a tolerance was met.", False),

@@ -122,7 +122,7 @@ def judge(
     trainer, state = made.restored(folder.checkpoints)
     test = trainer.splits["test"]
     dataset = test.to_device() if isinstance(test, HostDataset) else test
-    sampler = trainer.judged["any styles"]
+    sampler = trainer.usual
     groups = by_group(trainer.judge, state.meta_params, dataset, sampler, episodes)
     episode = one_episode(trainer.judge, state.meta_params, dataset, sampler, config.ways)
     return known(int(state.step), groups, episode)

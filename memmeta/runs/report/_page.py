@@ -15,6 +15,7 @@ from jaxtyping import Array, Shaped
 
 from memmeta.data._files import own_folder, write_whole
 from memmeta.runs.report._charts import RUNS, Chart, charts
+from memmeta.runs.report._episode import picture
 from memmeta.runs.report._judge import Episode, Judged
 from memmeta.runs.report._remarks import remarks
 
@@ -45,6 +46,11 @@ def write(runs: Sequence[Judged], page: Path, episodes: int) -> list[Path]:
         path = pictures / f"{chart.name}.png"
         write_whole(path, chart.png)
         written.append(path)
+    for number, run in enumerate(runs, 1):
+        if run.episode is not None:
+            path = pictures / (f"episode-{number}.png" if len(runs) > 1 else "episode.png")
+            write_whole(path, picture(run.episode, run.config.ways))
+            written.append(path)
     write_whole(page, html(runs, sections))
     return written
 
