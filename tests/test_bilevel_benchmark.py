@@ -3,9 +3,12 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import memmeta as mm
 from benchmarks.bilevel import __main__ as command
 from benchmarks.bilevel import problems
 
@@ -30,6 +33,22 @@ def test_f_is_that_of_the_losses():
     assert float(found) == pytest.approx(example.value(np.asarray(example.theta, float)), rel=1e-4)
 
 
+def test_f_of_the_logistic_problem_has_the_gradient_of_the_library(x64):
+    example = problems.logistic(512)
+    wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64)[None], example.data)
+    step = mm.make_meta_step(
+        example.problem,
+        mm.InnerLoop(mm.inner.newton(None), 12),
+        mm.hypergradient.implicit(mm.linear_solve.direct()),
+        optax.identity(),
+    )
+    theta = np.linspace(-3, 1, problems.FEATURES)
+    gradient, metrics = step.gradient(step.init(jnp.asarray(theta)), wide)
+    value, exact = problems._exact(example.data)(theta)
+    assert float(metrics.loss) == pytest.approx(value, rel=1e-10)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_a_quick_run(tmp_path, capsys):
     arguments = ["--quick", "--problem", "quadratic", "--repeats", "2", "--out", str(tmp_path)]
@@ -40,4 +59,7 @@ def test_a_quick_run(tmp_path, capsys):
         assert row["θ apart"] < 1e-4  # the same numbers as by hand
     for each in found["quadratic"]["curves"].values():
         assert each["suboptimality"][-1] < each["suboptimality"][0]
-    assert "by hand, µs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "by hand, µs" in shown
+    assert "exact by CG, µs" in shown
+    assert found["quadratic"]["exact"]["ratio"] > 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.hyper_cleaning import __main__ as command
-from benchmarks.hyper_cleaning import data, problem
+from benchmarks.hyper_cleaning import data, methods, problem, tune
 
 
 @pytest.mark.slow
@@ -26,6 +26,22 @@ def test_a_quick_run_is_made_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "result", None)  # nothing is run again
     again = command.main([*arguments, "--out", str(tmp_path)])
     assert [row["accuracy"] for row in again] == [row["accuracy"] for row in first]
+
+
+@pytest.mark.slow
+def test_settings_are_tried_without_a_look_at_the_test(tmp_path, monkeypatch):
+    monkeypatch.setattr(problem, "FINAL_STEPS", 100)
+    found = tune.main(["--quick", "--only", "F2SA", "--out", str(tmp_path)])
+    assert [(row["rate"], row["outer"]) for row in found] == [
+        (settings.rate, settings.outer) for settings in methods.CHOICES["F2SA"]
+    ]
+    assert all(0 <= row["validation"] <= 1 for row in found)
+    lines = (tmp_path / "tune.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == found
+
+
+def test_every_method_has_settings():
+    assert methods.CHOICES.keys() == methods.METHODS.keys()
 
 
 def test_half_of_the_labels_are_wrong_and_the_parts_are_apart():

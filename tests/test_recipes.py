@@ -1,5 +1,6 @@
 """Algorithms by name on finite sums of quadratics, whose optimum is known in closed form."""
 
+import dataclasses
 from functools import partial
 
 import chex
@@ -11,6 +12,7 @@ import pytest
 
 import memmeta as mm
 from memmeta.inner import minibatch, step_by_step
+from memmeta.meta import reset_every
 from memmeta.recipes import amigo, bome, f2sa, ma_soba, saba, soba
 
 ROWS, SIZE, INNER, OUTER, RIDGE, PULL = 8, 2, 3, 2, 0.5, 0.2
@@ -128,13 +130,91 @@ def test_on_draws_the_optimum_is_approached(name, x64):
 
 def test_stored_gradients_take_the_noise_away(x64):
     rows = data()
-    batches = jax.tree.map(lambda leaf: leaf.reshape(1, ROWS // SIZE, SIZE, *leaf.shape[1:]), rows)
+    batches = in_batches(rows)
     view = step_by_step(of=lambda path: path.startswith("1/"))
     rates = {"rate": 0.1, "linear_rate": 0.1}
     exact = saba(PROBLEM, optax.sgd(0.05), **rates, batches=ROWS // SIZE, view=view)
     noisy = soba(PROBLEM, optax.sgd(0.05), **rates, view=VIEW)
     np.testing.assert_allclose(reached(exact, batches, 4000), optimum(rows), atol=1e-9)
     assert jnp.linalg.norm(reached(noisy, alone(rows), 4000) - optimum(rows)) > 1e-3
+
+
+def in_batches(rows):
+    return jax.tree.map(lambda leaf: leaf.reshape(1, -1, SIZE, *leaf.shape[1:]), rows)
+
+
+def with_table(batches=ROWS // SIZE, check_tasks=False, **options):
+    view = step_by_step(of=lambda path: path.startswith("1/"))
+    step = saba(PROBLEM, optax.sgd(0.05), **RATES, batches=batches, view=view)
+    inside = dataclasses.replace(step.step, check_tasks=check_tasks)
+    return dataclasses.replace(step, step=inside, **options)
+
+
+def test_a_step_writes_one_row_of_the_table_in_place():
+    """All of the state is where it was, and no step has more beside it for a longer table."""
+    found = {}
+    for batches in (4, 4000):
+        rows = jax.tree.map(lambda leaf, n=batches: jnp.resize(leaf, (n, *leaf.shape)), data())
+        step, tasks = with_table(batches), alone(rows)
+        state = step.init(jnp.zeros(OUTER), tasks)
+        sizes = step.compiled.lower(state, tasks).compile().memory_analysis()
+        found[batches] = sizes.temp_size_in_bytes
+        assert sizes.alias_size_in_bytes > step.memory_bytes(state) > 32 * batches
+    assert found[4000] <= found[4] + 64
+
+
+def test_a_new_life_begins_with_an_empty_table():
+    tasks = in_batches(data())
+    step = with_table(reset=reset_every(3))
+    state = step.init(jnp.zeros(OUTER), tasks)
+    for _ in range(2):
+        state, _ = step(state, tasks)
+    assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(state.memory.table))
+    state, _ = step(state, tasks)
+    chex.assert_trees_all_equal(*zeros_like(state.memory.table))
+
+
+def zeros_like(tree):
+    return tree, jax.tree.map(jnp.zeros_like, tree)
+
+
+def test_data_that_are_not_finite_leave_the_table_as_it_was():
+    tasks = in_batches(data())
+    broken = tasks | {"y": tasks["y"].at[:].set(jnp.nan)}
+    step = with_table(check_tasks=True)
+    state, _ = step(step.init(jnp.zeros(OUTER), tasks), tasks)
+    before = jax.tree.map(np.array, state.memory)
+    state, metrics = step(state, broken)
+    assert metrics.counts.inputs == 1
+    chex.assert_trees_all_equal(before, state.memory)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_tables_of_some_members_are_those_of_all(on_host):
+    tasks = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *map(in_batches, map(data, (0, 1))))
+    ends = []
+    for numbers in (None, jnp.array([1, 0])):
+        order = jnp.arange(2) if numbers is None else numbers
+        step = with_table(size=2, on_host=on_host and numbers is not None)
+        state = step.init(jnp.zeros(OUTER), tasks)
+        for _ in range(3):
+            some = jax.tree.map(lambda leaf, order=order: leaf[order], tasks)
+            state, _ = step(state, some, numbers)
+        ends.append((state.memory, state.meta.meta_params))
+    chex.assert_trees_all_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_many_steps_in_one_program_are_those_steps():
+    tasks, count = alone(data()), 5
+    step = soba(PROBLEM, optax.sgd(0.05), **RATES, view=VIEW)
+    state = step.init(jnp.zeros(OUTER), tasks)
+    ends, metrics = jax.lax.scan(lambda s, _: step(s, tasks), state, length=count)
+    losses = []
+    for _ in range(count):
+        state, each = step(state, tasks)
+        losses.append(each.loss)
+    chex.assert_trees_all_close(ends.memory, state.memory, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(metrics.loss, jnp.stack(losses), rtol=1e-5)
 
 
 def drawn(key, step, rows):
@@ -250,9 +330,65 @@ def test_a_step_on_a_draw_costs_a_fiftieth_of_an_exact_hypergradient():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(ValueError, match="delta: expected"):
-        f2sa(PROBLEM, optax.sgd(0.1), rate=0.1, delta=0)
     with pytest.raises(ValueError, match="rate: expected"):
         soba(PROBLEM, optax.sgd(0.1), rate=0, linear_rate=0.1)
     with pytest.raises(ValueError, match="average: expected"):
         ma_soba(PROBLEM, optax.sgd(0.1), **RATES, average=1.5)
+    with pytest.raises(ValueError, match="delta: expected a finite number above 0, found 0"):
+        f2sa(PROBLEM, optax.sgd(0.1), rate=0.1, delta=0)
+
+
+RECIPES = EXACT | {"saba": partial(saba, **RATES, batches=2)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (
+            minibatch(ROWS + 1, of=lambda path: path.startswith("1/")),
+            f"size: expected at most the {ROWS} rows there are, found {ROWS + 1}",
+        ),
+        (
+            lambda c, key, step: (c[0], jax.tree.map(lambda leaf: leaf[: step + 1], c[1])),
+            "view: found one whose shapes depend on the step.*dynamic_slice",
+        ),
+    ],
+    ids=["too large", "of many shapes"],
+)
+def test_views_that_cannot_be_are_named(name, view, message):
+    step = RECIPES[name](PROBLEM, optax.sgd(0.1), view=view)
+    with pytest.raises(ValueError, match=message):
+        step.init(jnp.zeros(OUTER), alone(data()))
+
+
+@pytest.mark.parametrize("made", ["called", "in a scan"])
+def test_a_state_of_another_population_is_named(made):
+    tasks = jax.tree.map(lambda a, b: jnp.stack([a, b]), data(0), data(1))
+    state = soba(PROBLEM, optax.sgd(0.1), **RATES, size=2).init(jnp.zeros(OUTER), tasks)
+    step, one = soba(PROBLEM, optax.sgd(0.1), **RATES), alone(data())
+    scanned = lambda: jax.lax.scan(lambda s, _: step.update(s, one), state, length=2)  # noqa: E731
+    make = {"called": lambda: step(state, one), "in a scan": scanned}[made]
+    with pytest.raises(
+        ValueError, match=r"state: found the memory of 2 members, expected 1.*size=2"
+    ):
+        make()
+
+
+@pytest.mark.parametrize("name", ["soba", "saba"])
+def test_a_member_that_diverges_begins_anew_and_the_other_goes_on(name):
+    tasks = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *map(in_batches, map(data, (0, 1))))
+    tasks["x"] = tasks["x"].at[1].mul(1e25)
+    view = step_by_step(of=lambda path: path.startswith("1/"))
+    options = {"saba": {"batches": ROWS // SIZE}}.get(name, {})
+    step = {"soba": soba, "saba": saba}[name](
+        PROBLEM, optax.sgd(0.05), **RATES, **options, view=view, size=2
+    )
+    state = step.init(jnp.zeros(OUTER), tasks)
+    for count in (1, 2, 3, 4):
+        state, metrics = step(state, tasks)
+        # from φ = 0 the first step is finite, and the second one is not
+        assert metrics.counts.reset == (count + 1) % 2
+        assert metrics.used == 2 - metrics.counts.reset
+        assert state.memory.steps.tolist() == [count, count % 2]
+        chex.assert_tree_all_finite((state.memory, state.meta.meta_params))

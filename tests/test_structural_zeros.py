@@ -130,6 +130,7 @@ def test_estimators_for_heads_say_so():
         (lambda h: h.evolution_strategies(4, scale=0.0), "scale", "expected a finite number above"),
         (lambda h: h.finite_difference(4, scale=-1.0), "scale", "expected a finite number above 0"),
         (lambda h: h.hessian_free(0.0), "scale", "expected a finite number above 0, found 0.0"),
+        (lambda h: h.perturbed(0.0), "delta", "expected a finite number above 0, found 0.0"),
         (lambda h: h.sample_space("all"), "differentiate", "expected one of 'steps', 'solution'"),
     ],
 )

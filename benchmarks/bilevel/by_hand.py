@@ -1,7 +1,8 @@
 """The same algorithms written out: one scan body each, in φ, v and θ, without the library.
 
-Each is (problem, view, key, data, rates) -> (a first carry from θ, a body). They draw the same
-blocks as the recipes, so that both go through the same numbers.
+Each is (example, view, key, rates) -> (a first carry from θ, a body). They draw the same blocks as
+the recipes, so that both go through the same numbers, and give the outer loss of each step, as the
+recipes do in their metrics.
 """
 
 from collections.abc import Callable
@@ -37,18 +38,19 @@ class Rates(NamedTuple):
 OUTER = 2**31 - 5
 """What keeps the recipe's draws for θ apart from those for φ."""
 View: TypeAlias = Callable[[Context, Array, Array], Context]
-Loop: TypeAlias = tuple[Callable[[Array], Any], Callable[[Any], Any]]
-"""θ -> carry, whose first entry is θ; carry -> carry."""
+Loop: TypeAlias = tuple[Callable[[Array], Any], Callable[[Any], tuple[Any, Array]]]
+"""θ -> carry, whose first entry is θ; carry -> (carry, f)."""
 
 
 def soba(example: Example, view: View, key: Array, rates: Rates) -> Loop:
     """Dagréou et al. (2022), section 2."""
 
-    def body(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         theta, phi, v, k = carry
-        d_phi, d_v, d_theta = directions(example, theta, phi, v, view(whole(example), key, k))
+        seen = view(whole(example), key, k)
+        (d_phi, d_v, d_theta), loss = directions(example, theta, phi, v, seen)
         phi, v = phi - rates.inner * d_phi, v - rates.linear * d_v
-        return theta - rates.outer * d_theta, phi, v, k + 1
+        return (theta - rates.outer * d_theta, phi, v, k + 1), loss
 
     return lambda theta: (theta, *zeros(example, theta, 2), jnp.int32(0)), body
 
@@ -56,12 +58,13 @@ def soba(example: Example, view: View, key: Array, rates: Rates) -> Loop:
 def ma_soba(example: Example, view: View, key: Array, rates: Rates) -> Loop:
     """Chen, Xiao, Balasubramanian (2024), Algorithm 1."""
 
-    def body(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         theta, phi, v, h, k = carry
-        d_phi, d_v, d_theta = directions(example, theta, phi, v, view(whole(example), key, k))
+        seen = view(whole(example), key, k)
+        (d_phi, d_v, d_theta), loss = directions(example, theta, phi, v, seen)
         phi, v = phi - rates.inner * d_phi, v - rates.linear * d_v
         h = (1 - rates.average) * h + rates.average * d_theta
-        return theta - rates.outer * h, phi, v, h, k + 1
+        return (theta - rates.outer * h, phi, v, h, k + 1), loss
 
     return lambda theta: (theta, *zeros(example, theta, 2), 0 * theta, jnp.int32(0)), body
 
@@ -75,16 +78,16 @@ def saba(example: Example, view: View, key: Array, rates: Rates) -> Loop:
         table = jax.tree.map(lambda leaf: jnp.zeros((rates.blocks, *leaf.shape)), mean)
         return theta, phi, v, table, mean, jnp.int32(0)
 
-    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body(carry: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
         theta, phi, v, table, mean, k = carry
         i = jax.random.randint(jax.random.fold_in(key, k), (), 0, rates.blocks, jnp.int32)
-        new = directions(example, theta, phi, v, view(whole(example), key, i))
+        new, loss = directions(example, theta, phi, v, view(whole(example), key, i))
         change = jax.tree.map(lambda new, old: new - old[i], new, table)
         d_phi, d_v, d_theta = jax.tree.map(jnp.add, change, mean)
         table = jax.tree.map(lambda old, new: old.at[i].set(new), table, new)
         mean = jax.tree.map(lambda m, c: m + c / rates.blocks, mean, change)
         phi, v = phi - rates.inner * d_phi, v - rates.linear * d_v
-        return theta - rates.outer * d_theta, phi, v, table, mean, k + 1
+        return (theta - rates.outer * d_theta, phi, v, table, mean, k + 1), loss
 
     return first, body
 
@@ -93,27 +96,31 @@ def f2sa(example: Example, view: View, key: Array, rates: Rates) -> Loop:
     """Kwon et al. (2023), Algorithm 1, with central differences; one step of φ₊ and φ₋."""
     delta = rates.delta
 
-    def tilted(phi: Array, theta: Array, seen: Context, weight: float) -> Array:
+    def tilted(phi: Array, theta: Array, seen: Context, weight: float) -> tuple[Array, Array]:
         at = seen._replace(theta=theta)
-        return example.problem.inner_loss(phi, at) + weight * example.problem.outer_loss(phi, at)[0]
+        outer = example.problem.outer_loss(phi, at)[0]
+        return example.problem.inner_loss(phi, at) + weight * outer, outer
 
-    def body(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    by_phi, by_theta = (jax.grad(tilted, argnums, has_aux=True) for argnums in (0, 1))
+
+    def body(carry: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         theta, plus, minus, k = carry
         seen = view(whole(example), key, k)
-        plus = plus - rates.inner * jax.grad(tilted)(plus, theta, seen, delta)
-        minus = minus - rates.inner * jax.grad(tilted)(minus, theta, seen, -delta)
+        plus = plus - rates.inner * by_phi(plus, theta, seen, delta)[0]
+        minus = minus - rates.inner * by_phi(minus, theta, seen, -delta)[0]
         seen = view(whole(example), jax.random.fold_in(key, OUTER), k)
-        up = jax.grad(tilted, argnums=1)(plus, theta, seen, delta)
-        down = jax.grad(tilted, argnums=1)(minus, theta, seen, -delta)
-        return theta - rates.outer * (up - down) / (2 * delta), plus, minus, k + 1
+        up, above = by_theta(plus, theta, seen, delta)
+        down, below = by_theta(minus, theta, seen, -delta)
+        theta = theta - rates.outer * (up - down) / (2 * delta)
+        return (theta, plus, minus, k + 1), (above + below) / 2
 
     return lambda theta: (theta, *zeros(example, theta, 2), jnp.int32(0)), body
 
 
 def directions(
     example: Example, theta: Array, phi: Array, v: Array, seen: Context
-) -> tuple[Array, Array, Array]:
-    """D_φ, D_v and D_θ at one point: both products by one forward pass over a gradient."""
+) -> tuple[tuple[Array, Array, Array], Array]:
+    """D_φ, D_v and D_θ at one point, by one forward pass over a gradient, and f."""
 
     def g(phi: Array, theta: Array) -> Array:
         return example.problem.inner_loss(phi, seen._replace(theta=theta))
@@ -123,8 +130,8 @@ def directions(
 
     slopes = lambda phi: jax.grad(g, argnums=(0, 1))(phi, theta)  # noqa: E731
     (d_phi, _), (hessian_v, mixed_v) = jax.jvp(slopes, (phi,), (v,))
-    f_phi, f_theta = jax.grad(f, argnums=(0, 1))(phi, theta)
-    return d_phi, hessian_v - f_phi, f_theta - mixed_v
+    loss, (f_phi, f_theta) = jax.value_and_grad(f, argnums=(0, 1))(phi, theta)
+    return (d_phi, hessian_v - f_phi, f_theta - mixed_v), loss
 
 
 def whole(example: Example) -> Context:

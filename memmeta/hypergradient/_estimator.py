@@ -32,6 +32,7 @@ class TaskStart(NamedTuple):
         key: of the task, for views and inner solvers that draw.
         earlier: under a warm start what else the inner loop goes on with; else None.
         guess: under a warm start v̂ of the last meta-step; else None.
+        table: under a warm start of a rule that keeps one, zero in a new life; else None.
         wanted: which figures of the report are read.
     """
 
@@ -40,6 +41,7 @@ class TaskStart(NamedTuple):
     key: Key[Array, ""]
     earlier: Earlier | None = None
     guess: Any = None
+    table: Any = None
     wanted: Wanted = Wanted()
 
 
@@ -54,6 +56,8 @@ class TaskGradient(NamedTuple):
         report: see `Report`.
         state: of the inner loop at its end, for a warm start to go on from.
         solution: v̂, likewise, of rules that have one.
+        table: of rules that keep one, the `Row` to be written; where `TaskStart` has no table yet,
+            an empty one.
     """
 
     loss: Scalar
@@ -63,6 +67,7 @@ class TaskGradient(NamedTuple):
     report: Report
     state: InnerState | None = None
     solution: Any = None
+    table: Any = None
 
 
 TaskRule: TypeAlias = Callable[[Problem, InnerLoop, TaskStart], TaskGradient]
@@ -159,7 +164,7 @@ def per_task(rule: TaskRule, name: str, seen: Seen = loop_seen) -> Estimator:
                 "a warm start. Pass begin.earlier to inner.run, and return "
                 "TaskGradient(..., state=state)."
             )
-        memory = kept(chunk, inner, found.state, keys, found.solution)
+        memory = kept(chunk, inner, found.state, keys, found.solution, found.table)
         context_bar = _or_zeros(found.context, all_tasks.contexts.active)
         start_bar = _or_zeros(found.start, jax.vmap(lambda _: all_tasks.start)(chunk.weights))
         finite = jax.vmap(trees.all_finite)((found.loss, context_bar, start_bar))
@@ -223,7 +228,7 @@ def begin_task(
         return TaskStart(start, context, key, wanted=wanted)
     params = trees.where(memory.steps > 0, memory.params, start)
     earlier = Earlier(memory.solver, memory.steps, memory.first_gradient_norm)
-    return TaskStart(params, context, key, earlier, memory.solution, wanted)
+    return TaskStart(params, context, key, earlier, memory.solution, memory.table, wanted)
 
 
 def drawn(
@@ -258,13 +263,14 @@ def kept(
     state: InnerState | None,
     keys: Key[Array, " tasks"],
     solution: Any = None,
+    table: Any = None,
 ) -> Memory | None:
     """The memory of a chunk after its inner loops; None where it came with none."""
     if chunk.memory is None or state is None:
         return None
     solver = state.solver if inner.steps_of.carried else None
     words, first = jax.random.key_data(keys), state.first_gradient_norm
-    return Memory(state.params, solver, state.steps, first, words, solution)
+    return Memory(state.params, solver, state.steps, first, words, solution, table)
 
 
 def as_keys(words: UInt32[Array, "tasks words"], like: Key[Array, ""]) -> Key[Array, " tasks"]:

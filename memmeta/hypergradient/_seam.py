@@ -72,6 +72,20 @@ class Wanted:
     errors: bool = True
 
 
+class Row(NamedTuple):
+    """A row of a member's table, to be written there where it is finite.
+
+    Attributes:
+        number: which one.
+        values: its leaves, those of the table without the axis of rows.
+        before: what stands there.
+    """
+
+    number: Int32[Array, "*members"]
+    values: Any
+    before: Any
+
+
 class Memory(NamedTuple):
     """What is kept of a member of a population, a task, from one meta-step to the next.
 
@@ -83,6 +97,9 @@ class Memory(NamedTuple):
         key: the words of the member's own PRNG key, the same throughout a life, for views and
             solvers that draw; words, because NumPy has no keys.
         solution: v̂, where the next linear solve starts; None where the estimator has none.
+        table: [rows, ...] of which a meta-step reads and writes one row, so that it costs the same
+            however many there are; None where the estimator has none. What an estimator gives back
+            in its place is the `Row` to be written.
     """
 
     params: Params
@@ -91,6 +108,7 @@ class Memory(NamedTuple):
     first_gradient_norm: Float[Array, "*members"]
     key: UInt32[Array, "*members words"]
     solution: Any
+    table: Any = None
 
 
 class Chunk(NamedTuple):

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 from memmeta import _checks
 from memmeta import _trees as trees
 from memmeta.hypergradient import Chunk
-from memmeta.hypergradient._estimator import as_keys
-from memmeta.hypergradient._seam import Memory
+from memmeta.hypergradient._estimator import as_keys, over_tasks
+from memmeta.hypergradient._seam import Memory, Row
 from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
 from memmeta.meta._metrics import Metrics, TaskMetrics, with_reset
@@ -208,7 +208,11 @@ class WarmStart:
     def update(
         self, state: WarmState, tasks: Batch, numbers: Int[Array, " tasks"] | None = None
     ) -> tuple[WarmState, Metrics]:
-        """`__call__` as a pure function that is not yet compiled; the memory is on the devices."""
+        """`__call__` as a pure function that is not yet compiled; the memory is on the devices.
+
+        The body of a `jax.lax.scan` over many meta-steps in one compiled program.
+        """
+        self._check(state, tasks, numbers)
         if numbers is None:
             meta, metrics, memory = self._update_rows(state.meta, tasks, state.memory)
         else:
@@ -228,7 +232,7 @@ class WarmStart:
         following, metrics, found = self.step.update_remembering(meta, tasks, memory)
         each = metrics.tasks
         assert each is not None  # for the type checker: None in means over meta-steps
-        if found is None or len({jax.tree.structure(kept) for kept in (found, memory)}) > 1:
+        if found is None or not _of_one_kind(found, memory):
             raise ValueError(
                 "state: found a memory of another kind than this step's estimator keeps (another "
                 "estimator's, or another inner solver's). Take a state of this WarmStart's init."
@@ -237,8 +241,14 @@ class WarmStart:
         lost = each.finite_inputs & ~finite
         metrics = with_reset(metrics, jnp.sum(lost, dtype=jnp.int32))
         # A task whose own data are not finite keeps the memory that it had.
-        found = jax.vmap(trees.where)(each.finite_inputs, found, memory)
-        found = self._begun_anew(lost | self._due(meta.key, found, each), found, following)
+        table = _written(memory.table, found.table, each.finite_inputs)
+        rest = (kept._replace(table=None) for kept in (found, memory))
+        found = jax.vmap(trees.where)(each.finite_inputs, *rest)._replace(table=table)
+        due = lost | self._due(meta.key, found, each)
+        # Few meta-steps end a life: all others neither draw keys nor go through what is kept.
+        found = jax.lax.cond(
+            jnp.any(due), self._begun_anew, lambda due, memory, meta: memory, due, found, following
+        )
         return following, metrics, found
 
     def _due(self, key: Array, memory: Memory, tasks: TaskMetrics) -> Bool[Array, " tasks"]:
@@ -291,3 +301,26 @@ class WarmStart:
                 f"numbers: expected different numbers from 0 to {self.size - 1}, found "
                 f"{listed.tolist()}."
             )
+
+
+def _of_one_kind(found: Memory, memory: Memory) -> bool:
+    """Whether an estimator gave back what can take the memory's place."""
+    if (found.table is None) != (memory.table is None):
+        return False
+    alike = found._replace(table=found.table and found.table.values)
+    return len({jax.tree.structure(kept) for kept in (alike, memory)}) == 1
+
+
+def _written(table: PyTree, row: Row | None, finite: Bool[Array, " members"]) -> PyTree:
+    """The members' tables, [members, rows, ...], each with its row where the data are finite."""
+    if row is None:
+        return None
+
+    def one(table: PyTree, row: Row, finite: Array) -> PyTree:
+        # The write depends on what was read. XLA (jax 0.10.2) would else copy the whole table, so
+        # that it may read after the write, and a write that is dropped out of bounds reads again.
+        kept = trees.where(finite & trees.all_finite(row.values), row.values, row.before)
+        write = lambda leaf, x: leaf.at[row.number].set(x, mode="promise_in_bounds")  # noqa: E731
+        return jax.tree.map(write, table, kept)
+
+    return over_tasks(one, table, row, finite)

@@ -36,18 +36,13 @@ def amigo(
     $\partial_\theta f - \partial^2_{\theta\phi} g \, v$. Each step of φ and of v has a draw of its
     own, b and the last line share one.
 
+    Arguments that are not listed are those of `soba`, and so is what it returns.
+
     Args:
-        problem: the bilevel problem.
-        optimizer: of θ, with its rate.
         rate: ρ.
         linear_rate: η.
         steps: K.
         linear_steps: M.
-        view: (context, key, step) -> what a step sees, of the data of both losses; None: all.
-        size: inner problems, a task each.
-
-    Returns:
-        The meta-step, to be called as `step(state, tasks)`.
 
     Raises:
         ValueError: a rate is not positive, or a number of steps is no whole number above 0.
@@ -56,22 +51,11 @@ def amigo(
     Optimization" (ICLR 2022), Algorithms 1 to 3.
 
     Example:
-        >>> import memmeta as mm
-        >>> problem = mm.Problem(
-        ...     embed=lambda theta, target: (theta, target),
-        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
-        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
-        ...     init=jnp.zeros_like,
-        ... )
-        >>> step = amigo(
-        ...     problem, optax.sgd(0.1), rate=0.5, linear_rate=0.5, steps=2, linear_steps=2
-        ... )
-        >>> task = jnp.array([[1.0, 2.0]])
-        >>> state = step.init(jnp.zeros(2), task)
-        >>> for _ in range(100):
-        ...     state, metrics = step(state, task)
-        >>> state.meta.meta_params.round(2).tolist()
-        [1.0, 2.0]
+        >>> import optax
+        >>> def make(problem, view):
+        ...     rates = {"rate": 0.1, "linear_rate": 0.1}
+        ...     counts = {"steps": 10, "linear_steps": 10}
+        ...     return amigo(problem, optax.sgd(0.01), **rates, **counts, view=view)
     """
     _checks.positive("linear_rate", linear_rate)
     _checks.count("steps", steps)

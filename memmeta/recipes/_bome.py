@@ -35,18 +35,14 @@ def bome(
 
     Gradients are by (φ, c): where `embed` passes θ on as it is, by (φ, θ).
 
+    Arguments that are not listed are those of `soba`, and so is what it returns.
+
     Args:
-        problem: the bilevel problem.
         optimizer: of θ, with its rate ξ.
         rate: of the K steps to φ̂.
         steps: K.
         outer_rate: ξ of φ.
         eta: η, how fast the gap has to close.
-        view: (context, key, step) -> what a step sees, of the data of both losses; None: all.
-        size: inner problems, a task each.
-
-    Returns:
-        The meta-step, to be called as `step(state, tasks)`.
 
     Raises:
         ValueError: a rate or `eta` is not positive, or `steps` no whole number above 0.
@@ -55,20 +51,10 @@ def bome(
     Approach" (NeurIPS 2022), Algorithm 1, with their φ_k = η ‖∇q‖².
 
     Example:
-        >>> import memmeta as mm
-        >>> problem = mm.Problem(
-        ...     embed=lambda theta, target: (theta, target),
-        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
-        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
-        ...     init=jnp.zeros_like,
-        ... )
-        >>> step = bome(problem, optax.sgd(0.1), rate=0.5, steps=5, outer_rate=0.1)
-        >>> task = jnp.array([[1.0, 2.0]])
-        >>> state = step.init(jnp.zeros(2), task)
-        >>> for _ in range(300):
-        ...     state, metrics = step(state, task)
-        >>> state.meta.meta_params.round(2).tolist()
-        [1.0, 2.0]
+        >>> import optax
+        >>> def make(problem, view):
+        ...     rates = {"rate": 0.1, "outer_rate": 0.01}
+        ...     return bome(problem, optax.sgd(0.01), **rates, steps=10, view=view)
     """
     _checks.positive("outer_rate", outer_rate)
     _checks.positive("eta", eta)

@@ -35,20 +35,16 @@ def f2sa(
 
     where K steps a meta-step follow φ₊ to the minimum of g + δ f, φ to that of g and φ₋ to that of
     g − δ f. The bias is O(δ) for p = 1 and O(δ²) for p = 2; what the steps leave of their slopes
-    counts 1/δ times. δ = 1/λ of the paper. The loss reported is f at φ, or between φ₊ and φ₋.
+    counts 1/δ times. δ = 1/λ of the paper. φ in the state is the pair that is compared. The loss
+    reported is the mean of f at both, its auxiliary output that at φ, or φ₋.
+
+    Arguments that are not listed are those of `soba`, and so is what it returns.
 
     Args:
-        problem: the bilevel problem.
-        optimizer: of θ, with its rate.
         rate: of φ.
         delta: δ.
         steps: K.
         p: 1 or 2.
-        view: (context, key, step) -> what a step sees, of the data of both losses; None: all.
-        size: inner problems, a task each.
-
-    Returns:
-        The meta-step, to be called as `step(state, tasks)`; φ in its state is a pair.
 
     Raises:
         ValueError: `rate` or `delta` is not positive, or `p` neither 1 nor 2.
@@ -58,58 +54,49 @@ def f2sa(
     Methods for Highly-Smooth Stochastic Bilevel Optimization" (F²SA-p, ICLR 2026).
 
     Example:
-        >>> import memmeta as mm
-        >>> problem = mm.Problem(
-        ...     embed=lambda theta, target: (theta, target),
-        ...     inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
-        ...     outer_loss=lambda phi, c: (0.5 * jnp.sum((phi - c[1]) ** 2), {}),
-        ...     init=jnp.zeros_like,
-        ... )
-        >>> step = f2sa(problem, optax.sgd(0.1), rate=0.5, delta=0.01)
-        >>> task = jnp.array([[1.0, 2.0]])
-        >>> state = step.init(jnp.zeros(2), task)
-        >>> for _ in range(200):
-        ...     state, metrics = step(state, task)
-        >>> state.meta.meta_params.round(2).tolist()
-        [1.0, 2.0]
+        >>> import optax
+        >>> def make(problem, view):
+        ...     return f2sa(problem, optax.sgd(0.01), rate=0.1, delta=0.01, view=view)
     """
     _checks.positive("delta", delta)
     _checks.count("steps", steps)
     _checks.one_of("p", p, (1, 2))
     lower = -delta if p == 2 else 0.0
 
-    def tilted(problem: Problem, weight: float, params: Params, context: Context) -> Scalar:
-        """g + weight · f."""
-        inner, outer = problem.inner_loss(params, context), problem.outer_loss(params, context)[0]
-        return inner + jnp.asarray(weight, inner.dtype) * outer.astype(inner.dtype)
+    def tilted(weight: float, params: Params, context: Context) -> tuple[Scalar, Any]:
+        """g + weight · f, and f with its auxiliary output."""
+        inner = problem.inner_loss(params, context)
+        outer, aux = problem.outer_loss(params, context)
+        tilt = jnp.asarray(weight, inner.dtype) * outer.astype(inner.dtype)
+        return inner + tilt, (outer, aux)
 
-    def difference(pair: tuple[Params, Params], context: Context) -> Scalar:
+    def difference(pair: tuple[Params, Params], context: Context) -> tuple[Scalar, Any]:
         """Its derivative by c, with φ₊ and φ₋ held fixed, is the hypergradient."""
-        plus, minus = (
-            tilted(problem, weight, params, context)
-            for weight, params in zip((delta, lower), pair, strict=True)
-        )
-        return (plus - minus) / (delta - lower)
+        plus, (above, _) = tilted(delta, pair[0], context)
+        minus, (below, aux) = tilted(lower, pair[1], context)
+        return (plus - minus) / (delta - lower), ((above + below) / 2, aux)
 
     def in_pairs(problem: Problem) -> Problem:
         def inner_loss(pair: tuple[Params, Params], context: Context) -> Scalar:
-            plus = tilted(problem, delta, pair[0], context)
-            return plus + tilted(problem, lower, pair[1], context)
+            return tilted(delta, pair[0], context)[0] + tilted(lower, pair[1], context)[0]
 
         def outer_loss(pair: tuple[Params, Params], context: Context) -> tuple[Scalar, Any]:
-            middle = pair[1] if p == 1 else jax.tree.map(lambda a, b: (a + b) / 2, *pair)
-            return problem.outer_loss(middle, context)
+            outer: tuple[Scalar, Any] = difference(pair, context)[1]
+            return outer
 
         twice = lambda theta: (problem.init(theta), problem.init(theta))  # noqa: E731
         return Problem(problem.embed, inner_loss, outer_loss, twice)
 
     def rule(pairs: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        state = inner.run(pairs, begin.params, begin.context.whole, begin.key, begin.earlier)
+        whole = begin.context.whole
+        state = inner.start(pairs, begin.params, whole, begin.earlier)
+        state = inner.advance(pairs, state, whole, begin.key, steps)
         key = jax.random.fold_in(begin.key, OUTER)
         context, pull_back = drawn(view, begin.context, key, state.before // steps)
         pair = state.params
-        slope = jax.grad(lambda active: difference(pair, context.at(active)))(context.active)
-        loss, aux = pairs.outer_loss(pair, context.whole)
+        slope, (loss, aux) = jax.grad(
+            lambda active: difference(pair, context.at(active)), has_aux=True
+        )(context.active)
         report = report_of_loop(state)
         return TaskGradient(loss, aux, pull_back(slope), None, report, state)
 

@@ -96,17 +96,11 @@ def ma_soba(
     $$h \leftarrow (1 - \alpha) h + \alpha (\partial_\theta f - \partial^2_{\theta\phi} g \, v),
       \qquad \theta \leftarrow \theta - \gamma \, h$$
 
-    Args:
-        problem: the bilevel problem.
-        optimizer: of θ, with its rate γ; it is given h.
-        rate: of φ.
-        linear_rate: of v.
-        average: α, the weight of the newest hypergradient, above 0 and at most 1.
-        view: (context, key, step) -> what a step sees, of the data of both losses; None: all.
-        size: inner problems, a task each.
+    Arguments that are not listed are those of `soba`, and so is what it returns.
 
-    Returns:
-        The meta-step, to be called as `step(state, tasks)`.
+    Args:
+        optimizer: of θ, with its rate γ; it is given h.
+        average: α, the weight of the newest hypergradient, above 0 and at most 1.
 
     Raises:
         ValueError: a rate is not positive, or `average` is not in (0, 1].
