@@ -3,11 +3,12 @@
     python -m benchmarks.regress [--update] [--out DIR]
 
 For some methods on a small workload: bytes of temporary buffers and FLOPs of the compiled meta-step
-as its compiler counts them (a loop's body once), convolutions and passes through the network made
-in a meta-step, forwards and backwards (a loop's body as often as it runs), and compilations in
-three calls. Compared with `regress.json` beside this file; ends with an error when one has grown by
-more than 1 %. `--update` writes what was found there instead, for a change that is meant to cost
-more (or less).
+as its compiler counts them (a loop's body once), instructions of the optimised program,
+convolutions and passes through the network made in a meta-step, forwards and backwards (a loop's
+body as often as it runs), and compilations in three calls; and the counts of
+`benchmarks.cost.lean`. Compared with `regress.json` beside this file; ends with an error when one
+has grown by more than 1 %. `--update` writes what was found there instead, for a change that is
+meant to cost more (or less).
 """
 
 import json
@@ -19,12 +20,14 @@ from typing import Any
 
 import jax
 
+from benchmarks.cost import lean
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import (
     CONVOLUTION,
     KERNEL_GRADIENT,
     equations,
     flops,
+    instructions,
     temporary_megabytes,
 )
 from benchmarks.harness.tables import Row, show, write
@@ -61,6 +64,7 @@ def compiled(method: str) -> dict[str, float]:
     return {
         "bytes": round(temporary_megabytes(program) * 1e6),
         "FLOPs": flops(program),
+        "HLO": instructions(program),
         "compilations": called._cache_size(),
     }
 
@@ -116,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     floor = supervised(SMALL.network(), SMALL._replace(tasks=1))
     size = round(temporary_megabytes(floor) * 1e6)
     found["supervised gradient"] = {"bytes": size, "FLOPs": flops(floor)}
+    found |= {f"ridges, {name}": each for name, each in lean.counts().items()}
     write(options.out / "regress.json", {"counts": found})
     if options.update:
         LIMITS.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,6 @@
 """Internal: pytrees split and merged, their norm, and which outputs depend on which inputs."""
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import Any
 
 import jax
@@ -56,9 +55,49 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
         >>> bool(all_finite({"a": jnp.ones(2), "n": 3}))
         True
     """
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
-    return reduce(jnp.logical_and, finite) if finite else jnp.bool_(True)
+    return jnp.isfinite(_largest(_few([x for x in jax.tree.leaves(tree) if is_inexact(x)])))
+
+
+SMALL = 4096
+"""Numbers; leaves of no more are looked at together."""
+
+
+def _few(leaves: Iterable[Any]) -> list[Array]:
+    """Some arrays as fewer: the small ones of one dtype as one vector, empty ones left out.
+
+    Each array that is reduced takes kernels of its own, and their number is what compiling a
+    program of many small arrays costs.
+    """
+    arrays = [leaf for leaf in map(jnp.asarray, leaves) if leaf.size]
+    large = [leaf for leaf in arrays if leaf.size > SMALL]
+    small: dict[Any, list[Array]] = {}
+    for leaf in arrays:
+        if leaf.size <= SMALL:
+            small.setdefault(leaf.dtype, []).append(leaf)
+    return large + [
+        jnp.concatenate([jnp.ravel(leaf) for leaf in each]) if len(each) > 1 else each[0]
+        for each in small.values()
+    ]
+
+
+def _largest(arrays: list[Array]) -> Float[Array, ""]:
+    """The largest magnitude in some arrays, zero in none; NaN where one of them has a NaN."""
+    if not arrays:
+        return jnp.zeros((), jnp.float32)
+    # The barriers keep XLA (jax 0.10.2) from making one reduction of many again, and the chain of
+    # their results anew in every kernel that uses its end.
+    arrays = jax.lax.optimization_barrier(arrays)
+    found = [jnp.max(_magnitude(leaf)) for leaf in arrays]
+    dtype = widest(each.dtype for each in found)
+    if len(found) == 1:
+        return found[0]
+    return jnp.max(jax.lax.optimization_barrier(jnp.stack([each.astype(dtype) for each in found])))
+
+
+def _magnitude(leaf: Array) -> Array:
+    if jnp.iscomplexobj(leaf):  # whose absolute value can overflow
+        return jnp.maximum(jnp.abs(leaf.real), jnp.abs(leaf.imag))
+    return jnp.abs(leaf)
 
 
 def where(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
@@ -81,17 +120,16 @@ def norm(tree: PyTree) -> Float[Array, ""]:
         5.0
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    leaves = [leaf.astype(accumulator(leaf.dtype)) for leaf in leaves if leaf.size]
-    if not leaves:
+    arrays = _few(leaf.astype(accumulator(leaf.dtype)) for leaf in leaves)
+    if not arrays:
         return jnp.zeros((), jnp.float32)
-    dtype = widest(leaf.dtype for leaf in leaves)
-    greatest = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
-    largest = jax.lax.stop_gradient(reduce(jnp.maximum, greatest))
-    scale = jnp.where(largest > 0, largest, 1)
-    squares = [jnp.sum((leaf / scale.astype(leaf.dtype)) ** 2).astype(dtype) for leaf in leaves]
+    dtype = widest(each.dtype for each in arrays)
+    greatest = jax.lax.stop_gradient(_largest(arrays)).astype(dtype)
+    scale = jnp.where(greatest > 0, greatest, 1)
+    squares = [jnp.sum((each / scale.astype(each.dtype)) ** 2).astype(dtype) for each in arrays]
     total = sum(squares[1:], squares[0])
     # A root has no derivative at zero: the one that is asked for there is zero.
-    return largest * jnp.sqrt(jnp.where(total == 0, 1, total))
+    return greatest * jnp.sqrt(jnp.where(total == 0, 1, total))
 
 
 def accumulator(dtype: Any) -> Any:

@@ -7,6 +7,7 @@ from problems import quadratic_example
 
 import memmeta as mm
 from benchmarks.cost.speed import convolution_flops
+from benchmarks.problems import ridges
 from benchmarks.problems.workloads import Workload
 from benchmarks.regress import grown, is_convolution, is_pass, made_by, with_named_body
 from memmeta.hypergradient import implicit
@@ -65,3 +66,16 @@ def test_without_an_error_estimate_the_gradient_is_the_same(x64):
     np.testing.assert_allclose(full.gradient, lean.gradient, rtol=1e-10)
     assert jnp.isfinite(full.report.error_estimate).all()
     assert lean.report.error_estimate is None
+
+
+def test_the_ridge_problem_by_hand_takes_the_same_steps(x64):
+    step, (init, by_hand) = ridges.meta_step(), ridges.by_hand()
+    tasks, state = ridges.batch(), init(ridges.start())
+    ours, by_hand = step.init(ridges.start()), jax.jit(by_hand)
+    for _ in range(3):
+        with jax.numpy_dtype_promotion("standard"):  # as optax needs it
+            state, loss = by_hand(state, tasks)
+        ours, metrics = step(ours, tasks)
+        np.testing.assert_allclose(metrics.loss, loss, rtol=1e-9)
+    np.testing.assert_allclose(ours.meta_params, state[0], rtol=1e-9)
+    assert not jnp.allclose(state[0], ridges.start(), atol=1e-3)

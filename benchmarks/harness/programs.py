@@ -16,6 +16,7 @@ MESSAGE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     r"|collective-broadcast)(?:-start)?\("
 )
+INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?[\w.-]+ = ", re.MULTILINE)
 ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]")
 
 
@@ -42,6 +43,11 @@ def flops(program: jax.stages.Compiled) -> float:
     """As the compiler counts them: a loop's body once."""
     analysis: Any = program.cost_analysis()
     return float(analysis["flops"])
+
+
+def instructions(program: jax.stages.Compiled) -> int:
+    """Of the optimised program, in all of its computations."""
+    return len(INSTRUCTION.findall(program.as_text() or ""))
 
 
 def two_at_a_time(calls: dict[Any, Callable[[], T]]) -> dict[Any, T]:

@@ -227,7 +227,9 @@ def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
     used, nothing = summed.counts[0], summed.counts[0] == 0
     figures = jax.tree.structure((tasks.loss, tasks.report))
-    loss, report = jax.tree.unflatten(figures, summed.figures / used)  # 0/0 where none is usable
+    # 0/0 where none is usable; divided before they are told apart, which would be a kernel for each
+    means = jax.lax.optimization_barrier(summed.figures / used)
+    loss, report = jax.tree.unflatten(figures, means)
     report = errors_infinite(nothing, report)
     if summed.smallest is not None:
         smallest = jnp.where(nothing, jnp.nan, jnp.min(summed.smallest))

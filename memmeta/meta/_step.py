@@ -266,9 +266,9 @@ class MetaStep:
         numbers = jnp.arange(trees.leading_size(tasks, "tasks"), dtype=jnp.int32)
         whole = (state.meta_params, draw, state.step)
         total, per_task, memory = sums_of(*whole, tasks, numbers, memory)
-        used = jnp.maximum(total.counts[0], 1)
+        share = 1 / jnp.maximum(total.counts[0], 1)
         gradient = jax.tree.map(
-            lambda g, like: (g / used.astype(g.dtype)).astype(like.dtype),
+            lambda g, like: (share.astype(g.dtype) * g).astype(like.dtype),
             total.gradient,
             trees.split_inexact(state.meta_params)[0],
         )
@@ -288,11 +288,7 @@ class MetaStep:
         count = numbers.size
         wanted = Wanted(figures=self.report != "none", errors=self.report == "full")
 
-        def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, Any]:
-            # Cut out here, and blanked here: the whole batch is never copied.
-            some, chosen, remembered = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, first, chunk), (tasks, numbers, memory)
-            )
+        def one_chunk(some: Batch, chosen: Array, remembered: Memory | None) -> tuple[Any, Any]:
             finite = jnp.ones(chunk, bool)
             if self.check_tasks:
                 finite = jax.vmap(trees.all_finite)(some)
@@ -303,21 +299,30 @@ class MetaStep:
             # A product of finite cotangents can still overflow in the pull-back, where tasks cannot
             # be told apart: the whole chunk is left out.
             sound = trees.all_finite(found.gradient)
-            total = jax.tree.map(
-                lambda t, g: t + jnp.where(sound, g, 0).astype(t.dtype), total, found.gradient
+            kept = jax.tree.map(
+                lambda g: jnp.where(sound, g, 0).astype(trees.accumulator(g.dtype)), found.gradient
             )
             usable = found.usable & sound
             report = report_of(found.report, wanted)
             per_task = TaskMetrics(found.loss, found.aux, report, usable, finite)
-            return total, (per_task, found.memory)
+            return kept, (per_task, found.memory)
 
-        floats, _ = trees.split_inexact(meta_params)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
-        firsts = jnp.arange(0, count, chunk, dtype=jnp.int32)
-        total, (per_task, memory) = jax.lax.scan(add_chunk, zeros, firsts)
-        per_task, memory = jax.tree.map(
-            lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
-        )
+        def add_chunk(total: MetaParams, first: Int32[Array, ""]) -> tuple[MetaParams, Any]:
+            # Cut out here, and blanked above: the whole batch is never copied.
+            cut = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=chunk)
+            kept, found = one_chunk(*jax.tree.map(cut, (tasks, numbers, memory)))
+            return jax.tree.map(jnp.add, total, kept), found
+
+        if chunk == count:
+            total, (per_task, memory) = one_chunk(tasks, numbers, memory)
+        else:
+            floats, _ = trees.split_inexact(meta_params)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, trees.accumulator(x.dtype)), floats)
+            firsts = jnp.arange(0, count, chunk, dtype=jnp.int32)
+            total, (per_task, memory) = jax.lax.scan(add_chunk, zeros, firsts)
+            per_task, memory = jax.tree.map(
+                lambda x: x.reshape(count, *x.shape[2:]), (per_task, memory)
+            )
         summed = sums(total, per_task, numbers[0] // count, self.devices)
         if self.devices > 1:
             # XLA (jax 0.10.2) would send a sum that is known early in an all-reduce of its own;
