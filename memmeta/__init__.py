@@ -7,7 +7,8 @@ for whole runs, with the packages that they need, are loaded when they are first
 import importlib
 from typing import Any
 
-from memmeta import _checks, certificate, hypergradient, inner, linear_solve, meta
+from memmeta import certificate, hypergradient, inner, linear_solve, meta
+from memmeta._shared import checks
 from memmeta.hypergradient import implicit_solution
 from memmeta.inner import InnerLoop
 from memmeta.linear_solve import optimistix_adjoint
@@ -76,7 +77,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("memmeta")
-    raise _checks.no_attribute("memmeta", name, __all__)
+    raise checks.no_attribute("memmeta", name, __all__)
 
 
 def __dir__() -> list[str]:

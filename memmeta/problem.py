@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from memmeta import _trees as trees
-from memmeta._readable import readable
+from memmeta._shared import trees
+from memmeta._shared.readable import readable
 
 __all__ = [
     "Composite",

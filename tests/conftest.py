@@ -31,7 +31,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# All programs are kept: without optimisation hardly any takes half a second, and there are thousands.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.devices()  # made now, so that no run under test can choose their number
 
 

@@ -44,7 +44,7 @@ def test_f_of_the_logistic_problem_has_the_gradient_of_the_library(x64):
     )
     theta = np.linspace(-3, 1, problems.FEATURES)
     gradient, metrics = step.gradient(step.init(jnp.asarray(theta)), wide)
-    value, exact = problems._exact(example.data)(theta)
+    value, exact = problems.exact_logistic(example.data)(theta)
     assert float(metrics.loss) == pytest.approx(value, rel=1e-10)
     np.testing.assert_allclose(gradient, exact, rtol=1e-8, atol=1e-12)
 

@@ -84,7 +84,7 @@ def private_names(tree):
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("import memmeta._trees", {"memmeta._trees"}),
+        ("import memmeta._shared.trees", {"memmeta._shared.trees"}),
         ("from memmeta.data import _cache as cache, load", {"memmeta.data._cache"}),
         ("from memmeta.data._files import FileError", {"memmeta.data._files.FileError"}),
         ("step.compiled._cache_size()", {"_cache_size"}),

@@ -11,7 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 import memmeta as mm
 from memmeta import linear_solve
-from memmeta.linear_solve._solution import System
 
 KRYLOV = [name for name in linear_solve.SOLVERS if name not in ("direct", "neumann", "woodbury")]
 PRECONDITIONERS = {name: make() for name, make in linear_solve.PRECONDITIONERS.items()} | {
@@ -112,7 +111,7 @@ def test_every_inverse_is_symmetric_and_positive(preconditioner, x64):
         product = make(problem, params, context)
         if kind == "hessian":
             product = lambda x, p=product: jax.tree.map(lambda a, y: a - 0.1 * y, p(x), x)  # noqa: E731
-        system = System(product, b, 0.0, problem, params, context)
+        system = linear_solve.System(product, b, 0.0, problem, params, context)
         matrix = dense(jax.jit(PRECONDITIONERS[preconditioner](system)[0]), b)
         np.testing.assert_allclose(matrix, matrix.T, atol=1e-10 * np.abs(matrix).max())
         assert np.linalg.eigvalsh(matrix)[0] > 0

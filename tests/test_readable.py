@@ -13,7 +13,6 @@ from problems import quadratic_problem, quadratic_tasks
 import memmeta as mm
 from memmeta.data import DataError, Dataset, load
 from memmeta.meta import WarmStart
-from memmeta.meta._compiling import said_if_long
 from memmeta.runs import Config
 
 ROOMS = [
@@ -23,7 +22,7 @@ ROOMS = [
     *("memmeta.runs", "memmeta.runs.checkpoints"),
 ]
 LONGEST = 200
-OF_MANY_OPTIONS = (Config,)  # has one parameter for each option of the command line
+OF_MANY_OPTIONS = (Config, mm.hypergradient.Report)  # one parameter for each option, each figure
 
 
 def public():
@@ -52,8 +51,8 @@ def test_signatures_are_short(value):
 def test_the_signature_of_a_method():
     signature = str(inspect.signature(mm.linear_solve.cg))
     assert signature == (
-        "(steps: int = 20, *, damping: float = 0.0, diagonal: Callable | None = None) "
-        "-> LinearSolver"
+        "(steps: int = 20, *, tolerance: float | None = None, absolute_tolerance: float = 0.0, "
+        "damping: float = 0.0, preconditioner: Preconditioner | None = None) -> LinearSolver"
     )
     assert "inner=InnerLoop(solver=accelerated(), steps=50)" in str(
         inspect.signature(mm.algorithms.memory_reduced)
@@ -139,16 +138,6 @@ def test_data_sets_that_are_nearly_right():
         mm.algorithms.METHODS["protonets"]
     with pytest.raises(KeyError, match="Did you mean 'implicit'"):
         mm.hypergradient.ESTIMATORS["implict"]
-
-
-def test_a_long_compilation_is_said(caplog):
-    with said_if_long("the meta-step", seconds=0.0):
-        while not caplog.records:
-            pass
-    assert "compiling the meta-step" in caplog.text
-    with said_if_long("nothing", seconds=3600.0):
-        pass
-    assert "nothing" not in caplog.text
 
 
 def test_a_donated_state_can_be_shown():

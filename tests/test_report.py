@@ -14,7 +14,6 @@ import pytest
 from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
 from memmeta.runs.report import judge_all, write
-from memmeta.runs.report._charts import points
 
 SMALL = [
     "--ways=3",
@@ -78,13 +77,6 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert page.read_text(encoding="utf-8").count("<h3>") > 2
     assert main(["report", str(tmp_path / "none")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_errors_are_shares_of_the_meta_gradient():
-    lines = [{"step": 1, "error_bound": 160.0, "gradient_norm": 320.0}]
-    lines += [{"step": 2, "error_bound": 1.0, "gradient_norm": 0.0}, {"step": 3}]
-    assert points(lines, "error_bound") == ([1], [0.5])
-    assert points(lines, "gradient_norm") == ([1, 2], [320.0, 0.0])
 
 
 def test_the_page_needs_no_network(judged, tmp_path):

@@ -138,14 +138,14 @@ def logistic(samples: int) -> Example:
 
     data = drawn(keys[1], samples), drawn(keys[2], samples)
     problem = _problem(inner_loss, data_loss, FEATURES)
-    value_and_gradient = _exact(data)
+    value_and_gradient = exact_logistic(data)
     start = np.full(FEATURES, -2.0)
     found = minimize(value_and_gradient, start, jac=True, method="BFGS", options={"gtol": 1e-9})
     value = lambda theta: value_and_gradient(theta)[0]  # noqa: E731
     return Example(problem, jnp.asarray(start, jnp.float32), data, value, float(found.fun))
 
 
-def _exact(
+def exact_logistic(
     data: tuple[Labelled, Labelled],
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """θ -> F and ∇F of the logistic regression, in NumPy and float64: Newton to φ*, then v."""

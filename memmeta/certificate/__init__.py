@@ -1,6 +1,6 @@
 """How wrong an implicit hypergradient can be: rigorous bounds, and estimates."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.certificate._bound import Constants, deviations_from
 from memmeta.certificate._certify import certify
 from memmeta.certificate._estimate import estimate

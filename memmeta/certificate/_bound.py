@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.certificate._estimate import Certificate
 from memmeta.problem import (
     Context,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.certificate._bound import Measured, bound, distance_bound, measure
 from memmeta.certificate._estimate import Certificate, residuals
 from memmeta.problem import (

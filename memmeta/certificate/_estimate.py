@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.linear_solve import extreme_eigenvalues
 from memmeta.linear_solve._solution import dot
 from memmeta.linear_solve._spectrum import power_iteration

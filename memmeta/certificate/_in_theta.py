@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.linear_solve._solution import unit
 from memmeta.problem import Batch, Context, MetaParams, Problem, Scalar
 
@@ -74,8 +73,8 @@ def error_in_theta(
         >>> 0.3 <= float(found) < 0.6
         True
     """
-    _checks.positive("failure", failure)
-    _checks.count("steps", steps)
+    checks.positive("failure", failure)
+    checks.count("steps", steps)
     if failure >= 1:
         raise ValueError(f"failure: expected a probability below 1, found {failure}.")
     count = trees.leading_size(tasks, "tasks")

@@ -1,6 +1,6 @@
 """Data sets by name, and the samplers that draw their tasks on the device."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.data._augmentation import Augmentation, normalisation
 from memmeta.data._curves import Points
 from memmeta.data._dataset import DataError, Dataset

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.data import _emoji as emoji
 from memmeta.data import _folders as folders
 from memmeta.data import _from_tfds as from_tfds
@@ -142,7 +142,7 @@ def _source(name: str) -> Source:
     source = next((source for source in SOURCES if fits(source)), None)
     if source is None:
         known = ", ".join(s.name + "..." * s.name.endswith(":") for s in SOURCES)
-        near = _checks.meant(name, [source.name for source in SOURCES])
+        near = checks.meant(name, [source.name for source in SOURCES])
         raise DataError(f"unknown data set {name!r}: choose one of {known}.{near}")
     return source
 

@@ -7,7 +7,7 @@ With X̃ = [X, 1] the features and a column of ones, and Φ = [kernel; bias], a 
 where ℓ is the mean cross-entropy (softmax) or half the mean squared error (squared).
 """
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.few_shot._closed_form import ridge_solution
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._head import HeadContext

@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.problem import Scalar
 
 Loss: TypeAlias = Callable[[Array, Array], Float[Array, " n"]]

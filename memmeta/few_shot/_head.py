@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.few_shot._examples import present
 
 HeadParams: TypeAlias = dict[str, Float[Array, "..."]]

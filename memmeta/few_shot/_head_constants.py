@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.few_shot._curvature import squared_norm_bound
 from memmeta.few_shot._examples import as_values, classes_of, present, shares
 from memmeta.few_shot._head import HeadContext, HeadParams, augmented

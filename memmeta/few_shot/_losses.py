@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.few_shot._curvature import squared_norm_bound
 from memmeta.few_shot._examples import (
     classes_of,
@@ -75,7 +74,7 @@ def linear_head_problem(
     Returns:
         The problem; everything in it is computed in float32 at least.
     """
-    _checks.not_negative("ridge", ridge)
+    checks.not_negative("ridge", ridge)
 
     def smoothness(context: HeadContext) -> Scalar:
         features = augmented(context.support_features)

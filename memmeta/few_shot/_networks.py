@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.few_shot._examples import Loss, of_examples, present, query_mean, support_mean
 from memmeta.few_shot._head import HeadContext
 from memmeta.few_shot._losses import linear_head_problem
@@ -91,7 +90,7 @@ def check_statistics(statistics: Any) -> None:
         Traceback (most recent call last):
         ValueError: statistics: expected one of 'transductive', 'support', 'separate'...
     """
-    _checks.one_of("statistics", statistics, get_args(Statistics))
+    checks.one_of("statistics", statistics, get_args(Statistics))
 
 
 def fixed_start(network: Network, start: Params | None) -> Callable[[], Params]:
@@ -105,7 +104,7 @@ def fixed_start(network: Network, start: Params | None) -> Callable[[], Params]:
         return lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), head)
     expected, found = (jax.tree.map(jnp.shape, tree) for tree in (head, start))
     remedy = 'Give a head such as network.init(key)["head"], or None for zeros.'
-    _checks.require("start", found, found == expected, f"a head of shapes {expected}", remedy)
+    checks.require("start", found, found == expected, f"a head of shapes {expected}", remedy)
     return lambda: start
 
 
@@ -142,7 +141,7 @@ def head_problem(
     Raises:
         ValueError: `ridge` is negative, `statistics` has another name, or `start` does not fit.
     """
-    _checks.not_negative("ridge", ridge)
+    checks.not_negative("ridge", ridge)
     check_statistics(statistics)
     fixed = fixed_start(network, start)
 
@@ -208,7 +207,7 @@ def network_problem(
         ValueError: `proximal` is negative, no parameter adapts, a label or `statistics` has another
             name, or `start` does not fit.
     """
-    _checks.not_negative("proximal", proximal)
+    checks.not_negative("proximal", proximal)
     check_statistics(statistics)
     labels, fixed, losses = _labels(network, adapts), fixed_start(network, start), of_examples(loss)
     mask = jax.tree.map(lambda label: label == "adapts", labels)
@@ -289,7 +288,7 @@ def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
                 "part."
             ) from error
     for found in jax.tree.leaves(labels):
-        _checks.one_of("adapts", found, LABELS)
+        checks.one_of("adapts", found, LABELS)
     if "adapts" not in jax.tree.leaves(labels):
         names = [
             jax.tree_util.keystr(path, simple=True, separator="/")

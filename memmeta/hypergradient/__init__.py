@@ -1,6 +1,6 @@
 """Hypergradient estimators: one file each, all called in the same way."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.hypergradient._catalogue import ESTIMATORS
 from memmeta.hypergradient._estimator import TaskGradient, per_task, report_of_loop
 from memmeta.hypergradient._evolution_strategies import evolution_strategies

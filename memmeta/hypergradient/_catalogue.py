@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from memmeta._readable import Catalogue
+from memmeta._shared.readable import Catalogue
 from memmeta.hypergradient._evolution_strategies import evolution_strategies
 from memmeta.hypergradient._finite_difference import finite_difference
 from memmeta.hypergradient._first_order import first_order, reptile

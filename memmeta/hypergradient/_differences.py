@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.problem import MetaParams, Scalar
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.certificate._estimate import error_of_loop
 from memmeta.hypergradient._estimator import (
     Embedded,

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient, Memory, Report, Wanted
 from memmeta.hypergradient._structural_zeros import Seen, loop_seen, refuse_structural_zeros
 from memmeta.inner import InnerLoop, InnerState

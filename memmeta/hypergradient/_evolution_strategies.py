@@ -3,9 +3,8 @@ r"""Antithetic evolution strategies: no derivative at all."""
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._differences import shifted
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
@@ -44,8 +43,8 @@ def evolution_strategies(
     Example:
         >>> estimator = evolution_strategies(directions=16, scale=1e-2)
     """
-    _checks.count("directions", directions)
-    _checks.positive("scale", scale)
+    checks.count("directions", directions)
+    checks.positive("scale", scale)
 
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk

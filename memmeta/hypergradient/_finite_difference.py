@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._directions import along_directions, reported
 from memmeta.hypergradient._estimator import (
@@ -60,9 +59,9 @@ def finite_difference(
     Example:
         >>> estimator = finite_difference(directions=8)
     """
-    _checks.count("directions", directions)
+    checks.count("directions", directions)
     if scale is not None:
-        _checks.positive("scale", scale)
+        checks.positive("scale", scale)
 
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk

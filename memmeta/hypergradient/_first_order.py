@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta._readable import named
+from memmeta._shared.readable import named
 from memmeta.certificate._estimate import gain_along, given_curvature, residuals_with_error
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
 from memmeta.inner import InnerLoop, InnerState

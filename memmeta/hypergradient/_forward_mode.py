@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._directions import along_directions, losses_and_reports, task_losses
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, refuse_structural_zeros
@@ -49,7 +48,7 @@ def forward_mode(directions: int | None = None, *, estimate_error: bool = True) 
         >>> exact, unbiased = forward_mode(), forward_mode(directions=8)
     """
     if directions is not None:
-        _checks.count("directions", directions)
+        checks.count("directions", directions)
 
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk

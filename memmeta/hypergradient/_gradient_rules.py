@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
 Products: TypeAlias = Callable[

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._differences import shifted, step_length
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._gradient_rules import with_products
@@ -48,7 +47,7 @@ def hessian_free(scale: float | None = None, *, estimate_error: bool = False) ->
         >>> estimator = hessian_free()
     """
     if scale is not None:
-        _checks.positive("scale", scale)
+        checks.positive("scale", scale)
 
     def loop(
         problem: Problem, inner: InnerLoop, state: InnerState, context: Context, key: Array

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.certificate._bound import Measured
 from memmeta.certificate._certify import certify_measured
 from memmeta.certificate._estimate import (
@@ -98,7 +97,7 @@ def implicit(
         >>> estimator = implicit(solver=cg(steps=20))
     """
 
-    _checks.one_of("products", products, get_args(Matrix))
+    checks.one_of("products", products, get_args(Matrix))
     if products == "gauss_newton" and tolerance is not None:
         raise ValueError(
             f"tolerance: expected None with products='gauss_newton', found {tolerance!r}: no "

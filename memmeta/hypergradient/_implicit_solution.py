@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.hypergradient._estimator import report_of_loop
 from memmeta.hypergradient._fixed_point import Point, point_of, step_map
 from memmeta.hypergradient._seam import Report
@@ -69,7 +68,7 @@ def implicit_solution(
         >>> round(float(jacobian[0, 0]), 4)
         6.0
     """
-    _checks.one_of("of", of, get_args(Equation))
+    checks.one_of("of", of, get_args(Equation))
     if solver is None:
         solver = cg(20) if of == "minimum" else gmres(20)
     problem = Problem(

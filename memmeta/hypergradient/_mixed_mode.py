@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from memmeta._readable import named
+from memmeta._shared.readable import named
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._gradient_rules import with_products
 from memmeta.hypergradient._seam import Estimator

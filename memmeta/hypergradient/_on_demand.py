@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.certificate import estimate
 from memmeta.certificate._bound import Measured
 from memmeta.certificate._certify import certify_measured

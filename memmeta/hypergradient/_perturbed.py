@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.hypergradient._differences import step_length
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
@@ -47,7 +47,7 @@ def perturbed(delta: float | None = None) -> Estimator:
         >>> estimator = perturbed(delta=1e-2)
     """
     if delta is not None:
-        _checks.positive("delta", delta)
+        checks.positive("delta", delta)
 
     def estimator(
         problem: Problem, inner: InnerLoop, meta_params: MetaParams, chunk: Chunk

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.certificate._estimate import error_of_given
 from memmeta.hypergradient._estimator import TaskGradient, TaskStart, per_task, report_of_loop
 from memmeta.hypergradient._seam import Estimator
@@ -93,7 +92,7 @@ def sample_space(differentiate: Aim = "steps", *, estimate_error: bool = True) -
     Example:
         >>> estimator = sample_space("steps")
     """
-    _checks.one_of("differentiate", differentiate, get_args(Aim))
+    checks.one_of("differentiate", differentiate, get_args(Aim))
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         describe, smoothness = problem.structure.head, problem.smoothness

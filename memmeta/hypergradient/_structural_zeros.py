@@ -6,7 +6,7 @@ from typing import TypeAlias
 import jax
 from jaxtyping import Array, Key, PyTree
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.hypergradient._seam import Chunk
 from memmeta.inner import InnerLoop
 from memmeta.inner._loop import widened

@@ -3,8 +3,8 @@ r"""Reverse-mode differentiation of the last inner steps only."""
 import jax
 from jaxtyping import Array
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.hypergradient._estimator import per_task
 from memmeta.hypergradient._seam import Chunk, Estimator, Hypergradient
 from memmeta.hypergradient._structural_zeros import loop_seen, steps_seen
@@ -37,7 +37,7 @@ def truncated(last: int, *, estimate_error: bool = True) -> Estimator:
     Example:
         >>> estimator = truncated(last=5)
     """
-    _checks.count("last", last)
+    checks.count("last", last)
 
     def loop(
         problem: Problem, inner: InnerLoop, state: InnerState, context: Context, key: Array

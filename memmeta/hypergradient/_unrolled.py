@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.certificate._estimate import error_of_given, tilted
 from memmeta.hypergradient._estimator import (
     TaskGradient,
@@ -60,7 +60,7 @@ def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator
     Example:
         >>> estimator = unrolled(remat="sqrt")
     """
-    _checks.one_of("remat", remat, get_args(Remat))
+    checks.one_of("remat", remat, get_args(Remat))
 
     def loop(
         problem: Problem, inner: InnerLoop, state: InnerState, context: Context, key: Array

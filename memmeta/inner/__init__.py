@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.inner._descent import accelerated, gradient_descent
 from memmeta.inner._loop import InnerLoop, InnerState
 from memmeta.inner._newton import newton

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import trees
+from memmeta._shared.readable import named
 from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve._spectrum import power_iteration
 from memmeta.problem import Context, Params, Problem, Scalar, hessian_product

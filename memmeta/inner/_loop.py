@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.inner._descent import accelerated
 from memmeta.inner._solver import InnerSolver, from_optax
 from memmeta.inner._views import View, seen_by
@@ -123,13 +122,13 @@ class InnerLoop:
     view: View | None = None
 
     def __post_init__(self) -> None:
-        _checks.count("steps", self.steps, least=0)
+        checks.count("steps", self.steps, least=0)
         if self.tolerance is not None:
-            _checks.positive("tolerance", self.tolerance)
+            checks.positive("tolerance", self.tolerance)
         if not isinstance(self.solver, InnerSolver):  # an optax optimiser, taken as it is
             object.__setattr__(self, "solver", from_optax(self.solver))
         for name, arguments in (("init", 3), ("update", 6)):
-            _checks.arguments(f"solver.{name}", getattr(self.solver, name), arguments)
+            checks.arguments(f"solver.{name}", getattr(self.solver, name), arguments)
 
     def __call__(
         self,

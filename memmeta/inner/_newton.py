@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import trees
+from memmeta._shared.readable import named
 from memmeta.inner._solver import InnerSolver, rounding
 from memmeta.linear_solve import LinearSolver, cg
 from memmeta.problem import Context, Params, Problem, Scalar

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, Key
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.problem import Context, Params, Problem, Scalar
 
 
@@ -96,12 +95,10 @@ def as_transformation(name: str, optimizer: Any) -> optax.GradientTransformation
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     fits = isinstance(optimizer, optax.GradientTransformation)
-    _checks.require(
-        name, optimizer, fits, "an optax gradient transformation such as optax.sgd(0.1)"
-    )
+    checks.require(name, optimizer, fits, "an optax gradient transformation such as optax.sgd(0.1)")
     two_sets = optimizer.init.__qualname__.startswith("lookahead.")
     expected = "an optimiser of one set of parameters; optax.lookahead keeps two"
-    _checks.require(name, "optax.lookahead", not two_sets, expected)
+    checks.require(name, "optax.lookahead", not two_sets, expected)
     if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
         return optax.with_extra_args_support(optimizer)
     accepted = inspect.signature(optimizer.update).parameters.values()

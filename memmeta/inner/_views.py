@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.problem import Context
 
 View: TypeAlias = Callable[[Context, Key[Array, ""], Int32[Array, ""]], Context]
@@ -51,13 +51,13 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
         >>> sorted([*first["rows"].tolist(), *second["rows"].tolist()]), first["weight"].shape
         ([0, 1, 2, 3], (3,))
     """
-    _checks.count("size", size)
+    checks.count("size", size)
 
     def view(context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
         rows = {leaf.shape[0] for leaf in jax.tree.leaves(_chosen(context, of))}
-        _checks.require("of", rows, len(rows) == 1, "leaves with one number of rows")
+        checks.require("of", rows, len(rows) == 1, "leaves with one number of rows")
         count = rows.pop()
-        _checks.require("size", size, size <= count, f"at most the {count} rows there are")
+        checks.require("size", size, size <= count, f"at most the {count} rows there are")
         epoch, batch = jnp.divmod(step, count // size)
         places = batch * size + jnp.arange(size, dtype=jnp.int32)
         drawn = _shuffled(jax.random.fold_in(key, epoch), places, count)
@@ -81,7 +81,7 @@ def seen_by(view: View, context: Context, key: Key[Array, ""], step: Int32[Array
             raise
         raise _depends_on_step() from error
     found, expected = (jax.tree.structure(tree) for tree in (seen, context))
-    _checks.require("view", found, [found] == [expected], f"a context like the given, {expected}")
+    checks.require("view", found, [found] == [expected], f"a context like the given, {expected}")
     return seen
 
 

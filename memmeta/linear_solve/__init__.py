@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.linear_solve._bicgstab import bicgstab
 from memmeta.linear_solve._cg import cg
 from memmeta.linear_solve._direct import direct
@@ -19,6 +19,7 @@ from memmeta.linear_solve._solution import (
     LinearSolution,
     LinearSolver,
     Preconditioner,
+    System,
     make_solver,
 )
 from memmeta.linear_solve._spectrum import extreme_eigenvalues
@@ -49,6 +50,7 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "Preconditioner",
+    "System",
     "bicgstab",
     "cg",
     "direct",

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -65,7 +64,7 @@ def cg(
         >>> solution.value.round(3).tolist(), float(solution.residual) < 1e-6
         ([1.0, 2.0], True)
     """
-    _checks.count("steps", steps, least=0)
+    checks.count("steps", steps, least=0)
 
     def method(operator: Operator, b: Vector) -> Found:
         eps = jnp.finfo(dot(b, b).dtype).eps

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import LinearSolver, Operator, Vector, make_solver
 
 

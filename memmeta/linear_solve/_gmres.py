@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -60,7 +59,7 @@ def gmres(
         >>> [round(float(x), 3) for x in found]
         [-2.0, 3.0]
     """
-    _checks.count("steps", steps, least=0)
+    checks.count("steps", steps, least=0)
 
     def method(operator: Operator, b: Vector) -> Found:
         first, unravel = trees.ravel(b)

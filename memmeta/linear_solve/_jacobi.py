@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 
 
@@ -43,9 +42,9 @@ def jacobi(probes: int = 16, *, block: int = 1) -> Preconditioner:
         >>> float(found.residual) < 1e-6
         True
     """
-    _checks.count("probes", probes)
-    _checks.require("probes", probes, not probes & (probes - 1), "a power of two")
-    _checks.count("block", block)
+    checks.count("probes", probes)
+    checks.require("probes", probes, not probes & (probes - 1), "a power of two")
+    checks.count("block", block)
 
     def preconditioner(system: System) -> tuple[Product, int]:
         flat, unravel = trees.ravel(system.like)

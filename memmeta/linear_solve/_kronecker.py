@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 from memmeta.problem import (
     Composite,
@@ -65,7 +65,7 @@ def kronecker(probes: int = 8, *, key: Key[Array, ""] | None = None) -> Precondi
         >>> solver = mm.linear_solve.cg(10, preconditioner=kronecker())
         >>> estimator = mm.hypergradient.implicit(solver, products="gauss_newton")
     """
-    _checks.count("probes", probes)
+    checks.count("probes", probes)
 
     def preconditioner(system: System) -> tuple[Product, int]:
         head = None if system.problem is None else system.problem.structure.head

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memmeta._readable import named
+from memmeta._shared.readable import named
 from memmeta.linear_solve._cg import cg
 from memmeta.linear_solve._solution import (
     Found,

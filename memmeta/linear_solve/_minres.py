@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -64,7 +63,7 @@ def minres(
         >>> solution.value.round(3).tolist(), float(solution.curvature) < 0
         ([1.0, -2.0], True)
     """
-    _checks.count("steps", steps, least=0)
+    checks.count("steps", steps, least=0)
 
     def method(operator: Operator, b: Vector) -> Found:
         mapped = operator.precondition(b)

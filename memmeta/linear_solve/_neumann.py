@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import (
     Found,
     LinearSolver,
@@ -61,9 +60,9 @@ def neumann(
         >>> solution.value.round(3).tolist()
         [1.0, 2.0]
     """
-    _checks.count("steps", steps, least=0)
+    checks.count("steps", steps, least=0)
     if rate is not None:
-        _checks.positive("rate", rate)
+        checks.positive("rate", rate)
 
     def method(operator: Operator, b: Vector) -> Found:
         square = dot(b, b)

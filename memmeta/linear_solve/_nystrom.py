@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
 
 
@@ -42,7 +41,7 @@ def nystrom(rank: int = 20, *, key: Key[Array, ""] | None = None) -> Preconditio
         >>> float(found.residual) < 1e-2
         True
     """
-    _checks.count("rank", rank)
+    checks.count("rank", rank)
 
     def preconditioner(system: System) -> tuple[Product, int]:
         flat, unravel = trees.ravel(system.like)

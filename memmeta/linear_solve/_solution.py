@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32
 
-from memmeta import _checks
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.linear_solve._status import Status, is_asymmetric, is_positive
 from memmeta.problem import Context, Params, Problem
 
@@ -205,10 +204,10 @@ def make_solver(
     Raises:
         ValueError: `damping` or a tolerance is negative.
     """
-    _checks.not_negative("damping", damping)
+    checks.not_negative("damping", damping)
     if tolerance is not None:
-        _checks.not_negative("tolerance", tolerance)
-    _checks.not_negative("absolute_tolerance", absolute_tolerance)
+        checks.not_negative("tolerance", tolerance)
+    checks.not_negative("absolute_tolerance", absolute_tolerance)
 
     def solve(
         product: Product,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.linear_solve._solution import Product, Vector, unit
 
 

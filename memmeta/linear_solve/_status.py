@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 
 
 class Status(IntEnum):

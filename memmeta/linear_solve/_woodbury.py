@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import (
     LinearSolution,
     LinearSolver,
@@ -48,7 +48,7 @@ def woodbury(*, damping: float = 0.0) -> LinearSolver:
         >>> estimator = mm.hypergradient.implicit(solver=woodbury())
     """
 
-    _checks.not_negative("damping", damping)
+    checks.not_negative("damping", damping)
 
     def solve(
         product: Product,

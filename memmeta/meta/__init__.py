@@ -1,6 +1,6 @@
 """The outer iteration: meta-steps, what they report and remember, evaluation, rates, devices."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.meta._evaluation import confidence_interval, evaluate
 from memmeta.meta._explain import explain
 from memmeta.meta._mesh import task_mesh

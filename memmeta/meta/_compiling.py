@@ -19,6 +19,14 @@ def said_if_long(what: str, seconds: float = LONG) -> Iterator[None]:
     Args:
         what: what is compiled.
         seconds: how long is long.
+
+    Example:
+        >>> heard = threading.Event()
+        >>> log.addFilter(lambda record: heard.set())
+        >>> with said_if_long("a program", seconds=0.0):
+        ...     heard.wait(60)
+        True
+        >>> log.filters.clear()
     """
 
     def say() -> None:

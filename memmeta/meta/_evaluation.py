@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
 

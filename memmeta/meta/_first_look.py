@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memmeta import _trees as trees
+from memmeta._shared import trees
 from memmeta.inner import InnerLoop
 from memmeta.problem import Batch, MetaParams, Problem
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.hypergradient import Report
 from memmeta.hypergradient._seam import Wanted
 from memmeta.problem import MetaParams, Scalar
@@ -323,8 +322,8 @@ def guard(factor: float = 1000.0) -> Guard:
     Example:
         >>> keep_all_but_nonsense = guard(factor=1e6)
     """
-    _checks.positive("factor", factor)
-    _checks.require("factor", factor, factor > 1, "a number above 1")
+    checks.positive("factor", factor)
+    checks.require("factor", factor, factor > 1, "a number above 1")
     return Guard(float(factor))
 
 

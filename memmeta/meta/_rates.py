@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from memmeta import _checks, certificate
-from memmeta import _trees as trees
+from memmeta import certificate
+from memmeta._shared import checks, trees
 from memmeta.certificate._bound import bound, distance_bound, measure
 from memmeta.hypergradient import implicit
 from memmeta.hypergradient._differences import shifted, step_length
@@ -122,7 +122,7 @@ def propose(problem: Problem, meta_params: MetaParams, tasks: Batch, accuracy: f
         >>> round(found.outer_rate, 2), round(found.inner_rate, 2), found.cg_steps < 20
         (1.0, 0.25, True)
     """
-    _checks.positive("accuracy", accuracy)
+    checks.positive("accuracy", accuracy)
     count = trees.leading_size(tasks, "tasks")
     if count < 2:
         raise ValueError(f"tasks: a variance needs at least 2, found {count}.")

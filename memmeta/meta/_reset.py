@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import jax
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks
-from memmeta._readable import named
+from memmeta._shared import checks
+from memmeta._shared.readable import named
 from memmeta.hypergradient import Report
 
 Reset: TypeAlias = Callable[[Key[Array, ""], Int32[Array, ""], Report], Bool[Array, ""]]
@@ -37,7 +37,7 @@ def reset_every(steps: int) -> Reset:
         >>> bool(reset_every(100)(jax.random.key(0), jax.numpy.int32(100), None))
         True
     """
-    _checks.count("steps", steps)
+    checks.count("steps", steps)
     return lambda key, made, report: made >= steps
 
 
@@ -62,9 +62,9 @@ def lifetimes(least: int, most: int) -> Reset:
         >>> jax.vmap(lambda made: condition(jax.random.key(0), made, None))(made).tolist()
         [False, True]
     """
-    _checks.count("least", least)
-    _checks.count("most", most)
-    _checks.require("most", most, most >= least, f"at least {least}, the shortest life")
+    checks.count("least", least)
+    checks.count("most", most)
+    checks.require("most", most, most >= least, f"at least {least}, the shortest life")
 
     def reset(key: Key[Array, ""], made: Int32[Array, ""], report: Any) -> Bool[Array, ""]:
         own = jax.random.fold_in(key, LIFETIME)

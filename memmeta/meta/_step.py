@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int32, Key
 
-from memmeta import _checks, hypergradient
-from memmeta import _trees as trees
+from memmeta import hypergradient
+from memmeta._shared import checks, trees
 from memmeta.hypergradient import Chunk, Estimator
 from memmeta.hypergradient._seam import Memory, Wanted
 from memmeta.inner import InnerLoop
@@ -102,19 +102,19 @@ class MetaStep:
         }
         for name, (kind, expected) in kinds.items():
             found = getattr(self, name)
-            _checks.require(name, found, isinstance(found, kind), expected)
+            checks.require(name, found, isinstance(found, kind), expected)
         name = getattr(self.estimator, "__name__", "")
         is_factory = getattr(hypergradient, name or " ", None) is self.estimator
         expected = f"an estimator, which {name}() makes" if is_factory else "an estimator"
         fits = callable(self.estimator) and not is_factory
         remedy = "Call one of memmeta.hypergradient, for instance implicit()."
-        _checks.require("estimator", self.estimator, fits, expected, remedy)
+        checks.require("estimator", self.estimator, fits, expected, remedy)
         if self.task_chunk not in (None, "auto"):
-            _checks.count("task_chunk", self.task_chunk)
-        _checks.one_of("report", self.report, get_args(ReportLevel))
+            checks.count("task_chunk", self.task_chunk)
+        checks.one_of("report", self.report, get_args(ReportLevel))
         told = not self.strict or self.report != "none"
         expected = '"light" or "full" for a strict step, which says what went wrong'
-        _checks.require("report", self.report, told, expected)
+        checks.require("report", self.report, told, expected)
         object.__setattr__(self, "mesh", mesh_of_tasks(self.mesh))
         object.__setattr__(self, "devices", shards(self.mesh))
 
@@ -140,7 +140,7 @@ class MetaStep:
             )
         key = jax.random.key(0) if key is None else key
         single = jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) and key.shape == ()
-        _checks.require("key", key, single, "one jax.random.key(...)")
+        checks.require("key", key, single, "one jax.random.key(...)")
         copied = place(self.mesh, jax.tree.map(jnp.array, meta_params))
         # Copied too: some optimisers keep one array twice, and both would be donated.
         optimizer = jax.tree.map(jnp.array, self.optimizer.init(trees.split_inexact(copied)[0]))

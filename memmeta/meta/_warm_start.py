@@ -15,8 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from memmeta import _checks
-from memmeta import _trees as trees
+from memmeta._shared import checks, trees
 from memmeta.hypergradient import Chunk
 from memmeta.hypergradient._estimator import as_keys, over_tasks
 from memmeta.hypergradient._seam import Memory, Row
@@ -103,9 +102,9 @@ class WarmStart:
     reset: Reset | None = None
 
     def __post_init__(self) -> None:
-        _checks.count("size", self.size)
+        checks.count("size", self.size)
         if self.reset is not None:
-            _checks.arguments("reset", self.reset, 3)
+            checks.arguments("reset", self.reset, 3)
         count = shards(self.step.mesh)
         if not self.on_host and self.size % count:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Networks: the interface `Network`, modules of other libraries, and the few-shot papers' own."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.models._build import linear_head, with_linear_head
 from memmeta.models._conv4 import conv4
 from memmeta.models._from_equinox import from_equinox

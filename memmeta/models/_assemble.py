@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.models._build import linear_head
 from memmeta.models._network import Network, Params
 
@@ -100,7 +100,7 @@ def choose(layers: Sequence[str], modules: Sequence[str], head: Where) -> str | 
     if isinstance(head, str):
         if head in modules:
             return head
-        near = _checks.meant(head, modules)
+        near = checks.meant(head, modules)
         raise ValueError(f"head: found no module {head!r}, only {', '.join(modules)}.{near}")
     meant_all = [path for path in modules if head(path)]
     outermost = [p for p in meant_all if not any(p.startswith(f"{q}/") for q in meant_all)]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.models._network import Network, Params
 
 REMEDY = (
@@ -51,8 +51,8 @@ def with_linear_head(
         >>> with_linear_head(Body(), ways=5, input_shape=(3,), head_scale=0.0).features
         8
     """
-    _checks.count("ways", ways)
-    _checks.not_negative("head_scale", head_scale)
+    checks.count("ways", ways)
+    checks.not_negative("head_scale", head_scale)
     example = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     weight = jax.ShapeDtypeStruct((1,), jnp.float32)
     try:

@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.models._build import with_linear_head
 from memmeta.models._convolution import conv
 from memmeta.models._dtypes import as_float
@@ -140,7 +140,7 @@ def conv4(
         >>> jax.jit(network.body)(params["body"], images, jnp.ones(3)).shape
         (3, 8)
     """
-    _checks.one_of("initialisation", initialisation, get_args(Initialisation))
+    checks.one_of("initialisation", initialisation, get_args(Initialisation))
     smallest = min(image_shape[:2]) >> depth
     if smallest < 1:
         raise ValueError(

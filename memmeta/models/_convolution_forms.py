@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta._trees import accumulator
+from memmeta._shared.trees import accumulator
 
 Images = Float[Array, "tasks examples height width channels"]
 Cotangents = Float[Array, "tasks examples height width filters"]

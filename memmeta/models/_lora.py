@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.models._network import Network, Params
 
 
@@ -72,7 +72,7 @@ def lora(
         >>> [(name, x["down"].shape, x["up"].shape) for name, x in shapes.items()]
         [('Dense_0/kernel', (4, 2), (2, 8))]
     """
-    _checks.count("rank", rank)
+    checks.count("rank", rank)
     leaves = jax.tree_util.tree_leaves_with_path(
         jax.eval_shape(network.init, jax.random.key(0))["body"]
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta._trees import accumulator
+from memmeta._shared.trees import accumulator
 
 EPSILON = 1e-5
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from memmeta._trees import accumulator
+from memmeta._shared.trees import accumulator
 from memmeta.models._image_chunks import map_chunks
 
 

@@ -4,7 +4,7 @@ Each is a `memmeta.meta.WarmStart`: a loop that lives across meta-steps, a rule 
 hypergradient, and an outer optimiser.
 """
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.recipes._amigo import amigo
 from memmeta.recipes._bome import bome
 from memmeta.recipes._f2sa import f2sa

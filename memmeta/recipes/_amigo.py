@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.inner import InnerLoop
@@ -57,9 +57,9 @@ def amigo(
         ...     counts = {"steps": 10, "linear_steps": 10}
         ...     return amigo(problem, optax.sgd(0.01), **rates, **counts, view=view)
     """
-    _checks.positive("linear_rate", linear_rate)
-    _checks.count("steps", steps)
-    _checks.count("linear_steps", linear_steps)
+    checks.positive("linear_rate", linear_rate)
+    checks.count("steps", steps)
+    checks.count("linear_steps", linear_steps)
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         whole, phi, v = begin.context, begin.params, begin.guess

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.inner import InnerLoop
@@ -56,9 +56,9 @@ def bome(
         ...     rates = {"rate": 0.1, "outer_rate": 0.01}
         ...     return bome(problem, optax.sgd(0.01), **rates, steps=10, view=view)
     """
-    _checks.positive("outer_rate", outer_rate)
-    _checks.positive("eta", eta)
-    _checks.count("steps", steps)
+    checks.positive("outer_rate", outer_rate)
+    checks.positive("eta", eta)
+    checks.count("steps", steps)
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         phi = begin.params

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import per_task
 from memmeta.hypergradient._estimator import TaskRule, TaskStart
 from memmeta.hypergradient._structural_zeros import losses_seen
@@ -99,7 +99,7 @@ def made(
     size: int,
 ) -> WarmStart:
     """The meta-step: plain steps φ ← φ − rate · ∇_φ g on draws, a rule, and an outer optimiser."""
-    _checks.positive("rate", rate)
+    checks.positive("rate", rate)
     loop = InnerLoop(optax.sgd(rate), steps, view=view)
     estimator = per_task(rule, name, losses_seen)
     # a step on a few rows does not read all of them to see whether they are finite

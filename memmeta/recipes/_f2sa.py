@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.inner import InnerLoop
@@ -58,9 +58,9 @@ def f2sa(
         >>> def make(problem, view):
         ...     return f2sa(problem, optax.sgd(0.01), rate=0.1, delta=0.01, view=view)
     """
-    _checks.positive("delta", delta)
-    _checks.count("steps", steps)
-    _checks.one_of("p", p, (1, 2))
+    checks.positive("delta", delta)
+    checks.count("steps", steps)
+    checks.one_of("p", p, (1, 2))
     lower = -delta if p == 2 else 0.0
 
     def tilted(weight: float, params: Params, context: Context) -> tuple[Scalar, Any]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.hypergradient._seam import Row
@@ -80,8 +80,8 @@ def saba(
         >>> state.meta.meta_params.round(3).tolist()
         [2.0]
     """
-    _checks.positive("linear_rate", linear_rate)
-    _checks.count("batches", batches)
+    checks.positive("linear_rate", linear_rate)
+    checks.count("batches", batches)
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         state = inner.start(problem, begin.params, begin.context.whole, begin.earlier)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memmeta import _checks
+from memmeta._shared import checks
 from memmeta.hypergradient import TaskGradient, report_of_loop
 from memmeta.hypergradient._estimator import TaskStart, drawn
 from memmeta.inner import InnerLoop
@@ -64,7 +64,7 @@ def soba(
         >>> state.meta.meta_params.round(2).tolist()
         [1.0, 2.0]
     """
-    _checks.positive("linear_rate", linear_rate)
+    checks.positive("linear_rate", linear_rate)
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         state = inner.start(problem, begin.params, begin.context.whole, begin.earlier)
@@ -115,8 +115,8 @@ def ma_soba(
         ...     rates = {"rate": 0.1, "linear_rate": 0.1, "average": 0.1}
         ...     return ma_soba(problem, optax.sgd(0.01), **rates, view=view)
     """
-    _checks.positive("average", average)
-    _checks.require("average", average, average <= 1, "a weight of at most 1")
+    checks.positive("average", average)
+    checks.require("average", average, average <= 1, "a weight of at most 1")
     averaged = optax.chain(optax.ema(1 - average, debias=False), optimizer)
     rates = {"rate": rate, "linear_rate": linear_rate}
     return soba(problem, averaged, **rates, view=view, size=size)

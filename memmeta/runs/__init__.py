@@ -1,6 +1,6 @@
 """Training runs: configuration, training, checkpoints, progress display, and reports."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.runs import checkpoints
 from memmeta.runs._config import Config, UserError
 from memmeta.runs._folder import RunFolder, new_run

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32
 
-from memmeta._trees import is_inexact
+from memmeta._shared.trees import is_inexact
 from memmeta.data import Dataset, HostDataset
 from memmeta.meta import MetaState, MetaStep, Metrics
 from memmeta.meta._metrics import errors_infinite

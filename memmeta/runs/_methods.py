@@ -7,7 +7,8 @@ from typing import Any
 
 import optax
 
-from memmeta import _checks, algorithms
+from memmeta import algorithms
+from memmeta._shared import checks
 from memmeta.few_shot.algorithms import Learner
 from memmeta.inner import InnerLoop
 from memmeta.models import Network
@@ -83,7 +84,7 @@ def learner(
     for name, value in given.items():
         remedy = f"Its own options: {', '.join(own) or 'none'}."
         expected = f"no value, as {method} has no such option"
-        _checks.require(name, value, name in own, expected, remedy)
+        checks.require(name, value, name in own, expected, remedy)
     made: Callable[..., Learner] = algorithms.METHODS[method]
     options = {name: value for name, value in given.items() if name in OWN}
     if "adapts" in given:

@@ -4,6 +4,9 @@ import logging
 import re
 from collections.abc import Iterable
 
+NOTHING = "(?!)"
+"""The pattern that matches nothing."""
+
 
 def in_options(message: str, names: Iterable[str], flags: Iterable[str] = ()) -> str:
     """Write the names of arguments in a message as options of the command line.
@@ -23,10 +26,21 @@ def in_options(message: str, names: Iterable[str], flags: Iterable[str] = ()) ->
         >>> in_options("shots=1 and queries=15: too many queries; see log_every",
         ...            ["shots", "queries", "log_every"])
         '--shots=1 and --queries=15: too many queries; see --log-every'
+        >>> in_options("ridge: expected 0 or more", ["ridge"])
+        '--ridge: expected 0 or more'
+        >>> in_options("use shots + test_queries <= 5", ["shots", "test_queries"])
+        'use --shots + --test-queries <= 5'
+        >>> in_options("uneven=True takes them", ["uneven"], ["uneven"])
+        '--uneven takes them'
+        >>> in_options("/data_dir/ways=3.png: my data: no", ["data", "data_dir", "ways"])
+        '/data_dir/ways=3.png: my data: no'
+        >>> in_options("c.json: unknown: 'data_dir'", ["data_dir"])
+        "c.json: unknown: 'data_dir'"
     """
-    single = "|".join(sorted((name for name in names if "_" not in name), key=len, reverse=True))
-    compound = "|".join(sorted((name for name in names if "_" in name), key=len, reverse=True))
-    flag = "|".join(flags) or "(?!)"
+    names = sorted(names, key=len, reverse=True)
+    single = "|".join(name for name in names if "_" not in name) or NOTHING
+    compound = "|".join(name for name in names if "_" in name) or NOTHING
+    flag = "|".join(flags) or NOTHING
     free = r"(?<![\w/.'\"-])"  # neither a part of another word or path, nor quoted
 
     def option(found: re.Match[str]) -> str:

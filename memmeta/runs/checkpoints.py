@@ -21,7 +21,7 @@ import msgspec
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.data._files import (
     FileError,
     own_folder,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from memmeta._readable import Catalogue, readable
+from memmeta._shared.readable import Catalogue, readable
 from memmeta.few_shot.algorithms._closed_form import protonet, r2d2
 from memmeta.few_shot.algorithms._implicit import amigo, imaml, memory_reduced, stocbio
 from memmeta.few_shot.algorithms._learner import Learner

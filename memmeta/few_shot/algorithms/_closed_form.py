@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from memmeta import _checks, hypergradient
+from memmeta import hypergradient
+from memmeta._shared import checks
 from memmeta.few_shot._closed_form import ridge_solution
 from memmeta.few_shot._examples import Loss, are_classes, of_examples, query_mean
 from memmeta.few_shot._head import HeadContext, augmented
@@ -43,7 +44,7 @@ def closed_form_problem(
     """The problem of a method whose query outputs are a function of the features; φ is empty."""
     check_statistics(statistics)
     vector = network.features is not None
-    _checks.require("network.features", network.features, vector, "features that are one vector")
+    checks.require("network.features", network.features, vector, "features that are one vector")
 
     def embed(theta: MetaParams, task: Task) -> ClosedFormContext:
         support, query = features_of(network, theta["body"], task, statistics)
@@ -97,7 +98,7 @@ def r2d2(
         >>> learner.inner.steps
         0
     """
-    _checks.positive("ridge", ridge)
+    checks.positive("ridge", ridge)
 
     def outputs(context: ClosedFormContext) -> Float[Array, "query ways"]:
         others = context.others

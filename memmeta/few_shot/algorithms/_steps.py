@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from memmeta import _checks, hypergradient
-from memmeta import _trees as trees
-from memmeta._readable import named
+from memmeta import hypergradient
+from memmeta._shared import checks, trees
+from memmeta._shared.readable import named
 from memmeta.few_shot._examples import Loss
 from memmeta.few_shot._networks import (
     Adapts,
@@ -126,7 +126,7 @@ def anil(
         10
     """
     if recompute_features:
-        _checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
+        checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
         problem = network_problem(network, "head", proximal=0.0, statistics=statistics, loss=loss)
     else:
         problem = head_problem(network, ridge, learn_start=True, statistics=statistics, loss=loss)
@@ -165,7 +165,7 @@ def itd_bio(
         >>> learner = itd_bio(conv4(ways=5, width=8))
     """
     if recompute_features:
-        _checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
+        checks.require("ridge", ridge, ridge == 0, "0 where features are recomputed")
         problem = network_problem(network, "head", 0.0, statistics, start, loss=loss)
     else:
         problem = head_problem(network, ridge, False, statistics, start, loss)

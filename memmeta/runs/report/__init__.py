@@ -1,6 +1,6 @@
 """An HTML page and PNGs about runs: learning, accuracy by group, an episode, health, and cost."""
 
-from memmeta._readable import readable
+from memmeta._shared.readable import readable
 from memmeta.runs.report._judge import judge_all
 from memmeta.runs.report._page import write
 

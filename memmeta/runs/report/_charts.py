@@ -96,7 +96,14 @@ def in_page_colours(svg: str, name: str) -> str:
 def points(
     lines: Sequence[dict[str, Any]], key: str, scale: float = 1.0
 ) -> tuple[list[int], list[float]]:
-    """The meta-steps and scaled values of one metric, at the log points that have it."""
+    """The meta-steps and scaled values of one metric, at the log points that have it.
+
+    Example:
+        >>> lines = [{"step": 1, "error_bound": 160.0, "gradient_norm": 320.0}]
+        >>> lines += [{"step": 2, "error_bound": 1.0, "gradient_norm": 0.0}, {"step": 3}]
+        >>> points(lines, "error_bound"), points(lines, "gradient_norm")
+        (([1], [0.5]), ([1, 2], [320.0, 0.0]))
+    """
     known = [(line["step"], value) for line in lines if (value := _value(line, key)) is not None]
     return [step for step, _ in known], [scale * value for _, value in known]
 

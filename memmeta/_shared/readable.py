@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from memmeta import _checks
+from memmeta._shared import checks
 
 LONGEST = 200  # characters of a signature with annotations; longer ones are shown without
 MOST_LEAVES = 8  # of a container that is written out
@@ -26,7 +26,7 @@ class Catalogue(dict[str, Made]):
     """A dict by name that says which name was meant."""
 
     def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(f"no {name!r}: choose one of {', '.join(self)}.{_checks.meant(name, self)}")
+        raise KeyError(f"no {name!r}: choose one of {', '.join(self)}.{checks.meant(name, self)}")
 
 
 class Verbatim:
@@ -39,15 +39,10 @@ class Verbatim:
         return self.text
 
 
-class Named:
-    """A function that shows how it was made."""
+class Named(functools.partial[Any]):
+    """A function that shows how it was made; a partial, so that no call of Python's is added."""
 
-    def __init__(self, function: Callable[..., Any], text: str) -> None:
-        functools.update_wrapper(self, function)
-        self.function, self.text = function, text
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.function(*arguments, **options)
+    text: str
 
     def __repr__(self) -> str:
         return self.text
@@ -72,7 +67,10 @@ def named(factory: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
         text = f"{factory.__name__}({inside})"
         if hasattr(made, "_replace"):
             return cast(Made, made._replace(name=text))
-        return cast(Made, Named(made, text))
+        found = Named(made)
+        functools.update_wrapper(found, made)
+        found.text = text
+        return cast(Made, found)
 
     return make
 
@@ -95,7 +93,7 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         inside = _several(list(map(shown, value)))
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(value) == 1)})"
-    if isinstance(value, functools.partial):
+    if isinstance(value, functools.partial) and not isinstance(value, Named):
         return f"partial({shown(value.func)}, ...)"
     text = repr(value)
     if " at 0x" in text or inspect.isroutine(value) or isinstance(value, type):
@@ -170,7 +168,7 @@ def _has_fields(value: Any) -> bool:
 
 
 def _missing(room: str, name: str) -> NoReturn:
-    raise _checks.no_attribute(room, name, sys.modules[room].__all__)
+    raise checks.no_attribute(room, name, sys.modules[room].__all__)
 
 
 def _shorten(function: Any, owner: Any) -> None:

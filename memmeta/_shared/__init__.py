@@ -1,0 +1,1 @@
+"""What every room uses: argument checks, pytrees, and how objects are shown."""
