@@ -31,7 +31,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# All programs are kept: without optimisation hardly any takes half a second, and there are thousands.
+# All programs are kept: hardly any takes half a second without optimisation, there are thousands.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.devices()  # made now, so that no run under test can choose their number
 

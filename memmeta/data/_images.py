@@ -1,6 +1,7 @@
 """Image files as arrays of one shape, read with Pillow."""
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SIDE = 84  # pixels to which files of a folder are resized by default
 GREY = ("1", "L", "LA", "La")
 COLOURED = ("CMYK", "HSV", "LAB", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "YCbCr")
+HEADERS = threading.Lock()
 PIP = "pip install 'memmeta[images]'"
 
 
@@ -109,7 +111,7 @@ def decoded(
 
 @contextmanager
 def _opened(image_module: Any, file: Path | io.BytesIO, limits: Limits) -> Iterator[Any]:
-    with image_module.open(file, formats=FORMATS) as image:
+    with _header(image_module, file) as image:
         if image.width * image.height > limits.most_pixels:
             raise ValueError(
                 f"{image.width} x {image.height} pixels, more than most_pixels={limits.most_pixels}"
@@ -117,6 +119,16 @@ def _opened(image_module: Any, file: Path | io.BytesIO, limits: Limits) -> Itera
         if image.mode not in GREY + COLOURED:
             raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
         yield image
+
+
+def _header(image_module: Any, file: Path | io.BytesIO) -> Any:
+    """An image of which only the header is read so far, however large it says it is."""
+    with HEADERS:  # Pillow's own limit, which is the process's, would stand above `most_pixels`
+        usual, image_module.MAX_IMAGE_PIXELS = image_module.MAX_IMAGE_PIXELS, None
+        try:
+            return image_module.open(file, formats=FORMATS)
+        finally:
+            image_module.MAX_IMAGE_PIXELS = usual
 
 
 def _unusable(path: Path | str, error: Exception) -> DataError:
