@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 
-from benchmarks.cost import lean
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import (
     CONVOLUTION,
@@ -31,6 +30,7 @@ from benchmarks.harness.programs import (
     temporary_megabytes,
 )
 from benchmarks.harness.tables import Row, show, write
+from benchmarks.problems import ridges
 from benchmarks.problems.workloads import Workload, compiled_step, learner, meta_step, supervised
 from memmeta.models import Network
 
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     floor = supervised(SMALL.network(), SMALL._replace(tasks=1))
     size = round(temporary_megabytes(floor) * 1e6)
     found["supervised gradient"] = {"bytes": size, "FLOPs": flops(floor)}
-    found |= {f"ridges, {name}": each for name, each in lean.counts().items()}
+    found |= {f"ridges, {name}": each for name, each in ridges.counts().items()}
     write(options.out / "regress.json", {"counts": found})
     if options.update:
         LIMITS.write_text(json.dumps(found, indent=1) + "\n")

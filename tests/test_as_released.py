@@ -16,7 +16,7 @@ import memmeta as mm
 from memmeta.few_shot import head_problem
 from memmeta.few_shot.algorithms import METHODS
 from memmeta.problem import Task
-from memmeta.runs import Config, UserError
+from memmeta.runs import Config
 
 WAYS, SHAPE, TINY = 3, (8, 8, 3), 1e-30
 
@@ -284,7 +284,7 @@ def test_the_command_lines_random_start_is_the_seeds():
 
     assert np.array_equal(start(), start(seed=0))
     assert not np.array_equal(start(), start(seed=1))
-    with pytest.raises(UserError, match="head_start: expected zeros: anil has no start"):
+    with pytest.raises(ValueError, match="head_start: expected no value, as anil has no such"):
         start(method="anil")
 
 

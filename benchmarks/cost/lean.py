@@ -22,15 +22,12 @@ import jax
 import numpy as np
 
 from benchmarks.harness.arguments import make_parser
-from benchmarks.harness.programs import flops, instructions, temporary_megabytes
 from benchmarks.harness.tables import Row, aim, show, write
 from benchmarks.harness.timing import bound_process, in_turn
 from benchmarks.problems import ridges
 from benchmarks.problems.workloads import PAPERS_OMNIGLOT, learner, meta_step
 
 MODULE = "benchmarks.cost.lean"
-BY_HAND = "by hand"
-LEVELS = "none", "light", "full"
 CALLS = 100
 """In one timing: a call alone is as short as the clock's own."""
 AIMS = {"HLO": 1.5, "compile s": 1.5, "call µs": 1.25}
@@ -39,41 +36,12 @@ FIRST_CALLS = {"memory_reduced": 5.0, "imaml": 12.0}
 """CPU seconds of a Conv4's first call that are aimed at."""
 
 
-def steps() -> dict[str, tuple[Any, Any]]:
-    """Of the ridge problem: each step, not yet traced, and its first state."""
-    init, by_hand = ridges.by_hand()
-    found: dict[str, tuple[Any, Any]] = {
-        # of its own each time: `jax.jit` keeps the program of a function that it has met
-        BY_HAND: (jax.jit(lambda *given: by_hand(*given), donate_argnums=0), init(ridges.start()))
-    }
-    for level in LEVELS:
-        made = ridges.meta_step(level)
-        found[level] = made, made.init(ridges.start())
-    return found
-
-
-def counts() -> dict[str, Row]:
-    """Of each of the `steps`: what does not depend on the clock."""
-    tasks = jax.eval_shape(ridges.batch)
-    found = {}
-    for name, (step, state) in steps().items():
-        lowered = getattr(step, "compiled", step).lower(state, tasks)
-        program = lowered.compile()
-        found[name] = {
-            "StableHLO": len(lowered.as_text().splitlines()),
-            "HLO": instructions(program),
-            "FLOPs": flops(program),
-            "bytes": round(temporary_megabytes(program) * 1e6),
-        }
-    return found
-
-
 def compile_seconds(repeats: int) -> dict[str, tuple[float, float]]:
     """Of each of the `steps`: CPU seconds to trace and lower, and to compile."""
     tasks = jax.eval_shape(ridges.batch)
     seconds: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
-        for name, (step, state) in steps().items():
+        for name, (step, state) in ridges.steps().items():
             began = time.process_time()
             lowered = getattr(step, "compiled", step).lower(state, tasks)
             traced = time.process_time()
@@ -98,7 +66,7 @@ def call_microseconds(repeats: int, cpu_time: bool) -> dict[str, float]:
         some()
         return some
 
-    calls = {name: called(*each) for name, each in steps().items()}
+    calls = {name: called(*each) for name, each in ridges.steps().items()}
     seconds = in_turn(calls, repeats, cpu_time)
     return {name: float(np.median(each)) / CALLS * 1e6 for name, each in seconds.items()}
 
@@ -130,12 +98,12 @@ def ridge_rows(options: argparse.Namespace) -> list[Row]:
     compiling = compile_seconds(2 if options.quick else 5)
     calling = call_microseconds(options.repeats, options.cpu_time)
     rows: list[Row] = []
-    for name, each in counts().items():
+    for name, each in ridges.counts().items():
         traced, compiled = compiling[name]
         seconds = {"trace s": traced, "compile s": compiled, "call µs": calling[name]}
         rows.append({"step": name, **each, **seconds})
     ratios = [
-        {"step": f"{row['step']} / {BY_HAND}"}
+        {"step": f"{row['step']} / {ridges.BY_HAND}"}
         | {key: row[key] / rows[0][key] for key in row if key != "step"}
         for row in rows[1:]
     ]
@@ -156,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(f"The ridge problem, jax {jax.__version__}", rows)
     calls = first_calls(options.quick)
     show("A Conv4's first call, compilation cache empty", calls)
-    [light] = [row for row in rows if row["step"] == f"light / {BY_HAND}"]
+    [light] = [row for row in rows if row["step"] == f"light / {ridges.BY_HAND}"]
     aims = [
         aim(f"{name}, light over by hand", f"≤ {most}", light[name], light[name] <= most)
         for name, most in AIMS.items()

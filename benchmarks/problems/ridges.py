@@ -9,10 +9,13 @@ import optax
 from jaxtyping import Array, Float
 
 import memmeta as mm
+from benchmarks.harness.programs import flops, instructions, temporary_megabytes
 
 FEATURES, EXAMPLES = 10, 20
 TASKS, STEPS, PRODUCTS = 4, 20, 20
 RATE, OUTER_RATE = 0.1, 1e-2
+BY_HAND = "by hand"
+LEVELS = "none", "light", "full"
 Ridges = Float[Array, "features"]
 State = tuple[Ridges, optax.OptState]
 
@@ -111,3 +114,32 @@ def conjugate_gradients(product: Callable[[Array], Array], b: Array) -> Array:
 
     (x, *_), _ = jax.lax.scan(body, (jnp.zeros_like(b), b, b, jnp.vdot(b, b)), length=PRODUCTS)
     return x
+
+
+def steps() -> dict[str, tuple[Any, Any]]:
+    """Of the ridge problem: each step, not yet traced, and its first state."""
+    init, hand = by_hand()
+    found: dict[str, tuple[Any, Any]] = {
+        # of its own each time: `jax.jit` keeps the program of a function that it has met
+        BY_HAND: (jax.jit(lambda *given: hand(*given), donate_argnums=0), init(start()))
+    }
+    for level in LEVELS:
+        made = meta_step(level)
+        found[level] = made, made.init(start())
+    return found
+
+
+def counts() -> dict[str, dict[str, Any]]:
+    """Of each of the `steps`: what does not depend on the clock."""
+    tasks = jax.eval_shape(batch)
+    found = {}
+    for name, (step, state) in steps().items():
+        lowered = getattr(step, "compiled", step).lower(state, tasks)
+        program = lowered.compile()
+        found[name] = {
+            "StableHLO": len(lowered.as_text().splitlines()),
+            "HLO": instructions(program),
+            "FLOPs": flops(program),
+            "bytes": round(temporary_megabytes(program) * 1e6),
+        }
+    return found
