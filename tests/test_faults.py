@@ -512,7 +512,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(ended_run, uninterrupted):
 
 def test_a_run_is_lengthened(ended_run, capsys):
     assert resume(ended_run, "--meta-steps=11") == 1
-    assert "meta_steps: was 12 in this run, found 11" in capsys.readouterr().err
+    assert "--meta-steps: was 12 in this run, found 11" in capsys.readouterr().err
     assert resume(ended_run, "--meta-steps=14") == 0
     said = capsys.readouterr().out
     assert "lengthened from 12 to 14 meta-steps: from here on the rate follows the cosine" in said
