@@ -97,14 +97,14 @@ def bicgstab(
             small = (jnp.abs(following) <= eps**2) | (jnp.abs(omega) <= eps)
             return moved, (best, least), smallest, count, sound & (rr > eps**2) & ~small
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             more: Array = carry[4] & operator.unsolved(carry[1][1])
             return more
 
         zeros, square = jax.tree.map(jnp.zeros_like, b), dot(b, b)
         first = (zeros, b, b, square)
         start = (first, (zeros, square), jnp.inf * one, jnp.int32(0), square > 0)
-        last, made = repeat(operator, step, going, start, useful_steps(steps, b))
+        last, made = repeat(operator, step, unfinished, start, useful_steps(steps, b))
         _, (x, least), smallest, count, advancing = last
         goal = 1e3 * eps if operator.threshold is None else operator.threshold
         broken = ~advancing & (square > 0) & ~(jnp.sqrt(least) <= goal)

@@ -96,7 +96,7 @@ def cg(
             count += advancing.astype(jnp.int32)
             return x, r, kept, p, rr, following, square, size, smallest, count, advancing
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             rr, advancing = carry[4], carry[10]
             more: Array = advancing & operator.unsolved(rr)
             return more
@@ -107,7 +107,7 @@ def cg(
         unseen = jnp.full_like(rr, jnp.inf)
         kept = z if operator.inverse else None
         start = (zeros, b, kept, z, rr, rz, rz, 0 * rr, unseen, jnp.int32(0), rr > 0)
-        last, made = repeat(operator, step, going, start, useful_steps(steps, b))
+        last, made = repeat(operator, step, unfinished, start, useful_steps(steps, b))
         return Found(last[0], last[8], last[9], made)
 
     return make_solver(

@@ -96,7 +96,7 @@ def gmres(
             count += advancing.astype(jnp.int32)
             return *kept, size, smallest, count, advancing & ~cut
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             right, count, advancing = carry[3], carry[6], carry[7]
             more: Array = advancing & operator.unsolved(right[count] ** 2)
             return more
@@ -111,7 +111,7 @@ def gmres(
             jnp.int32(0),
             trees.norm(first) > 0,
         )
-        last, made = repeat(operator, step, going, start, length)
+        last, made = repeat(operator, step, unfinished, start, length)
         basis, triangle, _, right, _, smallest, count, _ = last
         # columns past the last step are those of the identity
         made_so_far = jnp.arange(length, dtype=jnp.int32) < count

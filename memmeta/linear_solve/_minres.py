@@ -77,12 +77,12 @@ def minres(
         figures = jnp.inf * one, size > 0, jnp.int32(0)
         start = (zeros, residual, vectors, (zeros, zeros), (zeros, zeros), rotation, *figures)
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             more: Array = carry[7] & operator.unsolved(carry[1][2])
             return more
 
         steps_made = useful_steps(steps, b)
-        carry, made = repeat(operator, partial(_step, operator), going, start, steps_made)
+        carry, made = repeat(operator, partial(_step, operator), unfinished, start, steps_made)
         return Found(carry[0], carry[6], carry[8], made)
 
     return make_solver(

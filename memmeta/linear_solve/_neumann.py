@@ -87,12 +87,12 @@ def neumann(
             r, rr = trees.where(advancing, proposal, r), jnp.where(advancing, proposed_rr, rr)
             return x, r, rr, largest, smallest
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             return operator.unsolved(carry[2])
 
         zeros = jax.tree.map(jnp.zeros_like, b)
         start = (zeros, b, square, largest, jnp.full_like(square, jnp.inf))
-        (x, _, _, _, smallest), made = repeat(operator, step, going, start, steps)
+        (x, _, _, _, smallest), made = repeat(operator, step, unfinished, start, steps)
         # the power steps count as products too
         return Found(x, smallest, made + (0 if rate is not None else POWER_STEPS))
 

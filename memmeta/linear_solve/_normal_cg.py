@@ -93,7 +93,7 @@ def normal_cg(
             count += 2 * advancing.astype(jnp.int32)
             return y, r, p, gradient, size, smallest, count, advancing
 
-        def going(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
             more: Array = carry[7] & operator.unsolved(dot(carry[1], carry[1]))
             return more
 
@@ -101,7 +101,7 @@ def normal_cg(
         gradient = dot(slope, slope)
         unseen = jnp.full_like(gradient, jnp.inf)
         start = (zeros, b, slope, gradient, 0 * gradient, unseen, jnp.int32(0), gradient > 0)
-        last, made = repeat(operator, step, going, start, useful_steps(steps, b))
+        last, made = repeat(operator, step, unfinished, start, useful_steps(steps, b))
         x = operator.precondition(last[0])
         return Found(x, last[5], last[6], 2 * made + 1)
 

@@ -324,7 +324,7 @@ def useful_steps(steps: int, b: Vector) -> int:
 def repeat(
     operator: Operator,
     step: Callable[[Any], Any],
-    going: Callable[[Any], Bool[Array, ""]],
+    unfinished: Callable[[Any], Bool[Array, ""]],
     start: Any,
     steps: int,
 ) -> tuple[Any, Int32[Array, ""]]:
@@ -333,7 +333,7 @@ def repeat(
     Args:
         operator: whose threshold is looked at.
         step: state -> state.
-        going: state -> whether another step would change it for the better.
+        unfinished: state -> whether another step would change it for the better.
         start: the first state.
         steps: how many at most.
 
@@ -346,7 +346,7 @@ def repeat(
     # Under `vmap` the loop runs until its slowest task has ended, and `while_loop` itself keeps
     # what the others have found.
     made, state = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & going(carry[1]),
+        lambda carry: (carry[0] < steps) & unfinished(carry[1]),
         lambda carry: (carry[0] + 1, step(carry[1])),
         (jnp.int32(0), start),
     )
