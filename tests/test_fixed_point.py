@@ -72,6 +72,29 @@ def test_against_the_closed_form(name, x64):
         np.testing.assert_allclose(jacobian, np.diag(slope), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        mm.inner.accelerated(),
+        optax.inject_hyperparams(optax.sgd)(0.1),
+        optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.1, 0.2, 100)),
+    ],
+    ids=["curvature and count", "rate", "scheduled rate"],
+)
+def test_rates_and_counts_in_the_state_are_constants(x64, solver):
+    """Before the loop has come to rest they would make the linear system singular."""
+    theta, target = jnp.array([1.0, -2.0]), jnp.array([0.3, -0.2])
+    found = []
+    for estimator in (mm.hypergradient.fixed_point(), mm.hypergradient.implicit()):
+        step = mm.make_meta_step(
+            problem(quadratic, 0.0), mm.InnerLoop(solver, steps=5), estimator, optax.sgd(0.1)
+        )
+        gradient, metrics = jax.jit(step.gradient)(step.init(theta), target[None])
+        assert metrics.report.linear_residual < 1e-12
+        found.append(gradient)
+    np.testing.assert_allclose(*found, rtol=1e-10)
+
+
 def test_second_derivatives(x64):
     loss = lambda phi, theta: 0.5 * jnp.sum((phi - theta**2) ** 2)  # noqa: E731
     optimizer = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(0.2))

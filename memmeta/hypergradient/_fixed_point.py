@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Key, PyTree
 
 from memmeta._shared import trees
 from memmeta._shared.readable import named
@@ -25,7 +26,7 @@ class Point(NamedTuple):
 
     Attributes:
         params: φ.
-        state: the floating-point leaves of the solver's state, such as a momentum.
+        state: the leaves of the solver's state that φ moves, such as a momentum.
     """
 
     params: Params
@@ -44,8 +45,8 @@ def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
 
     Whatever the steps do is in T: weight decay in the optimiser, projections onto constraints that
     are active, proximal steps of a penalty that is not smooth. `implicit` differentiates
-    ∇_φ g = 0, which none of these solves. With momentum or Adam, φ stands for φ together with the
-    solver's state.
+    ∇_φ g = 0, which none of these solves. With momentum or Adam, φ stands for φ together with what
+    it moves in the solver's state; rates and counts, which it does not move, are constants of T.
 
     The report's `inner_gradient_norm` and `inner_reduction` are those of φ − T(φ), and its
     `contraction` says at what rate the steps approach the fixed point: where that is 1 or more they
@@ -71,7 +72,8 @@ def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
         context = begin.context
         state = inner.run(problem, begin.params, context.whole, begin.key, begin.earlier)
-        point, rest = point_of(state)
+        moved_by = moving(problem, inner, state, context.whole, begin.key)
+        point, rest = point_of(state, moved_by)
         step = jax.checkpoint(step_map(problem, inner, rest, begin.key))
 
         def outer_loss(params: Params, active: Context) -> tuple[Scalar, Any]:
@@ -92,7 +94,7 @@ def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
         cotangent = jax.tree.map(jnp.add, by_context, mixed(solution.value)[0])
 
         begun = inner.start(problem, begin.params, context.whole, begin.earlier)
-        start, first_rest = point_of(begun)
+        start, first_rest = point_of(begun, moved_by)
         first = step_map(problem, inner, first_rest, begin.key)(start, context.whole)
         report = report_of_loop(
             state._replace(
@@ -108,9 +110,38 @@ def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
     return per_task(rule, "fixed_point")
 
 
-def point_of(state: InnerState) -> tuple[Point, Any]:
-    """The inner loop's state as a `Point`, and what has no derivative: counts, keys, steps."""
-    floats, others = trees.split_inexact(state.solver)
+def moving(
+    problem: Problem, inner: InnerLoop, state: InnerState, context: Context, key: Key[Array, ""]
+) -> PyTree[bool]:
+    """Which leaves of the solver's state depend on φ or the context, through however many steps.
+
+    The others, such as a rate or its own schedule, need not come to rest, and a row of I − ∂T of
+    theirs would be zero: as constants they leave the linear system as regular as it is.
+    """
+
+    def step(inputs: tuple[Params, Any, Context]) -> Any:
+        params, solver, context = inputs
+        return inner.steps_of.update(problem, params, solver, context, state.steps, key)[1]
+
+    solver = state.solver
+    found = trees.reach(step, (state.params, solver, context))
+    first = len(jax.tree.leaves(trees.split_inexact(state.params)[0]))
+    own = [i for i, leaf in enumerate(jax.tree.leaves(solver)) if trees.is_inexact(leaf)]
+    moves = [np.array(jax.tree.leaves(outputs), bool) for outputs in found]
+    from_state = dict(zip(own, moves[first : first + len(own)], strict=True))
+    moved = np.zeros(len(jax.tree.leaves(solver)), bool)
+    for outputs in moves[:first] + moves[first + len(own) :]:
+        moved |= outputs
+    for _ in own:  # a chain through the state is no longer than its leaves
+        for leaf, outputs in from_state.items():
+            if moved[leaf]:
+                moved |= outputs
+    return jax.tree.unflatten(jax.tree.structure(solver), moved.tolist())
+
+
+def point_of(state: InnerState, moved: PyTree[bool]) -> tuple[Point, Any]:
+    """The inner loop's state as a `Point`, and what is a constant of T: rates, counts, keys."""
+    floats, others = trees.split(state.solver, moved)
     return Point(state.params, floats), (others, state.steps)
 
 
@@ -121,9 +152,16 @@ def step_map(problem: Problem, inner: InnerLoop, rest: Any, key: Key[Array, ""])
     def step(point: Point, context: Context) -> Point:
         state = trees.merge(point.state, others)
         params, state, _ = inner.steps_of.update(problem, point.params, state, context, number, key)
-        return Point(params, trees.split_inexact(state)[0])
+        kept = jax.tree.map(
+            lambda leaf, new: None if leaf is None else new, point.state, state, is_leaf=_absent
+        )
+        return Point(params, kept)
 
     return step
+
+
+def _absent(leaf: Any) -> bool:
+    return leaf is None
 
 
 def contraction(product: Product, start: Vector) -> Scalar:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from memmeta._shared import checks, trees
 from memmeta._shared.readable import named
 from memmeta.hypergradient._estimator import report_of_loop
-from memmeta.hypergradient._fixed_point import Point, point_of, step_map
+from memmeta.hypergradient._fixed_point import Point, moving, point_of, step_map
 from memmeta.hypergradient._seam import Report
 from memmeta.inner import InnerLoop
 from memmeta.inner._loop import widened
@@ -90,7 +90,8 @@ def implicit_solution(
         state = inner.run(wide_problem, wide, context, jax.random.key(0))
         if of == "minimum":
             return Point(state.params, None), None, report_of_loop(state)
-        point, rest = point_of(state)
+        moved = moving(wide_problem, inner, state, context, jax.random.key(0))
+        point, rest = point_of(state, moved)
         return point, rest, report_of_loop(state)
 
     @solve.defjvp
