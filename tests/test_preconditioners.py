@@ -127,6 +127,35 @@ def test_nystrom_takes_the_large_eigenvalues_away(x64):
     assert 2 * int(helped.iterations) < int(plain.iterations)
 
 
+def test_a_sketch_leaves_a_known_ridge_out(x64):
+    """400 parameters, 6 directions of curvature: a sketch of A itself would see the ridge alone."""
+    features = jax.random.normal(jax.random.key(0), (6, 400)) / 20
+    ridge = 0.1
+    structure = mm.Structure(
+        composite=lambda context: mm.problem.Composite(
+            lambda phi: features @ phi, lambda z: 0.5 * jnp.sum(z**2), ridge
+        )
+    )
+    problem = mm.Problem(
+        lambda theta, batch: batch,
+        lambda phi, context: 0.5 * jnp.sum((features @ phi) ** 2) + 0.5 * ridge * jnp.sum(phi**2),
+        lambda phi, context: (jnp.sum(phi), {}),
+        lambda theta: theta,
+        structure=structure,
+    )
+    params, b = jnp.zeros(400), jax.random.normal(jax.random.key(1), (400,))
+    found = linear_solve.cg(20, tolerance=1e-10, preconditioner=linear_solve.nystrom(6))(
+        mm.problem.hessian_product(problem, params, None)[1],
+        b,
+        problem=problem,
+        params=params,
+        context=None,
+    )
+    exact = np.linalg.solve(features.T @ features + ridge * np.eye(400), b)
+    np.testing.assert_allclose(found.value, exact, atol=1e-8)
+    assert found.iterations <= 2
+
+
 def test_blocks_are_exact_where_the_matrix_has_no_others(x64):
     blocks = jax.random.normal(jax.random.key(0), (4, 3, 3))
     blocks = jnp.einsum("nij,nkj->nik", blocks, blocks) + 0.1 * jnp.eye(3)

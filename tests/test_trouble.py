@@ -12,6 +12,7 @@ import pytest
 import memmeta as mm
 from memmeta.few_shot.algorithms import METHODS
 from memmeta.hypergradient import ESTIMATORS
+from memmeta.linear_solve import cg
 
 WAYS, INPUT = 3, (4,)
 NAMED = re.compile(r"^[a-z_]+(\([^)]*\))?: ")
@@ -366,6 +367,33 @@ def test_loops_that_end_at_no_minimiser_are_counted(solver, left):
     solution = mm.implicit_solution(quadratic(jnp.ones(2)).inner_loss, inner, with_report=True)
     _, report = solution(jnp.zeros(2), jnp.array([0.2, 3.0]))
     assert (float(report.inner_reduction) > 0.1) == bool(left)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "inner", "said"),
+    [
+        (
+            mm.hypergradient.implicit(cg(5, preconditioner=lambda system: (jnp.negative, 0))),
+            mm.InnerLoop(steps=20),
+            "Preconditioner not positive",
+        ),
+        (
+            mm.hypergradient.fixed_point(cg(5)),  # with momentum I − ∂T is not symmetric
+            mm.InnerLoop(optax.sgd(0.1, momentum=0.5), steps=20),
+            "Asymmetric product",
+        ),
+        (mm.hypergradient.implicit(cg(5)), mm.InnerLoop(steps=20), ""),
+    ],
+    ids=["preconditioner", "asymmetric", "sound"],
+)
+def test_what_a_linear_solver_says_reaches_the_report(estimator, inner, said):
+    step = make_step(quadratic(jnp.array([1.0, 2.0])), estimator, inner=inner)
+    _, metrics = step(step.init(jnp.ones(2)), jnp.ones((3, 2)))
+    assert int(metrics.used) == 3
+    assert int(metrics.counts.unsound) == (3 if said else 0), mm.explain(metrics)
+    assert said in mm.explain(metrics)
+    assert metrics.report.linear_status is None
+    assert metrics.tasks.report.linear_status.shape == (3,)
 
 
 @pytest.mark.parametrize("name", ["implicit", "implicit-minres", "unrolled", "first_order"])

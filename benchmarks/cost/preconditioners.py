@@ -2,12 +2,14 @@
 
     python -m benchmarks.cost.preconditioners [--tolerance 1e-4] [--out DIR]
 
-Three systems of implicit hypergradients: iMAML's on a batch-normalised Conv4 with glyphs, a network
-of dense layers with a proximal term of 0.1, and a softmax head of condition number 10⁴. The first
-two are of the Gauss-Newton matrix: their Hessians are indefinite. A preconditioner's own products
-count, and its time too. Prints one row a system and preconditioner; writes preconditioners.json.
+Systems of implicit hypergradients: iMAML's on a batch-normalised Conv4 with glyphs, a network of
+dense layers with a proximal term of 0.1 and of 0.001, and a softmax head of condition number 10⁴.
+Those of networks are of the Gauss-Newton matrix: their Hessians are indefinite. A preconditioner's
+own products count, and its time too. Prints one row a system and preconditioner; writes
+preconditioners.json.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ from memmeta.linear_solve import (
 from memmeta.problem import Params, Problem, Task, gauss_newton_product, hessian_product
 
 STEPS = 2000
-CONV4_PROXIMAL, DENSE_PROXIMAL, CONDITION = 2.0, 0.1, 1e4
+CONV4_PROXIMAL, CONDITION = 2.0, 1e4
 PRECONDITIONERS: dict[str, Preconditioner | None] = {
     "none": None,
     "diagonal": jacobi(),
@@ -68,11 +70,11 @@ def conv4() -> LinearSystem:
     return _adapted(learner, task)
 
 
-def dense() -> LinearSystem:
+def dense(proximal: float) -> LinearSystem:
     """A network of dense layers of 784-128-64-5 on the same task."""
     network = mm.models.mlp(5, (128, 64), input_shape=(28, 28, 1))
     task = jax.tree.map(lambda x: x[0], glyph_tasks(jax.random.key(0), 1))
-    return _adapted(mm.algorithms.imaml(network, proximal=DENSE_PROXIMAL), task)
+    return _adapted(mm.algorithms.imaml(network, proximal=proximal), task)
 
 
 def _adapted(learner: Any, task: Task) -> LinearSystem:
@@ -100,7 +102,12 @@ def head() -> LinearSystem:
     return LinearSystem(problem, inner(problem, zeros, context), context, gauss_newton=False)
 
 
-SYSTEMS = {"conv4": conv4, "dense": dense, "head": head}
+SYSTEMS: dict[str, Callable[[], LinearSystem]] = {
+    "conv4": conv4,
+    "dense-0.1": partial(dense, 0.1),
+    "dense-0.001": partial(dense, 0.001),
+    "head": head,
+}
 
 
 def measure(name: str, tolerance: float, repeats: int, cpu_time: bool) -> list[Row]:

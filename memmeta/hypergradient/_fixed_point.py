@@ -103,6 +103,7 @@ def fixed_point(solver: LinearSolver = gmres(20)) -> Estimator:
         )._replace(
             linear_residual=solution.residual,
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
+            linear_status=jnp.asarray(solution.status, state.gradient_norm.dtype),
             contraction=contraction(lambda w: transposed(w)[0], b),
         )
         return TaskGradient(loss, aux, cotangent, None, report, state, solution.value)

@@ -143,6 +143,7 @@ def implicit(
         report = report_of_loop(state)._replace(
             linear_residual=solution.residual if newton else _share(here.params, outer[0]),
             linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
+            linear_status=jnp.asarray(solution.status, state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
         )

@@ -28,6 +28,9 @@ class Report(NamedTuple):
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
         linear_iterations: Hessian-vector products that went into v̂.
+        linear_status: 0, or the number of what is wrong with the linear system (a product that is
+            not symmetric or not finite, a preconditioner that is not positive), see
+            `memmeta.linear_solve.LinearSolution`; of single tasks, never a mean.
         smallest_curvature: the smallest pᵀ(∂²_φφ g)p / pᵀp met; negative means that φ̂ is no minimum
             and the implicit function theorem does not hold.
         error_estimate: estimate of ‖∇̂F_i − ∇F_i‖, the distance from the hypergradient at the inner
@@ -51,6 +54,7 @@ class Report(NamedTuple):
     inner_steps: Float[Array, "*tasks"] | None = None
     linear_residual: Float[Array, "*tasks"] | None = None
     linear_iterations: Float[Array, "*tasks"] | None = None
+    linear_status: Float[Array, "*tasks"] | None = None
     smallest_curvature: Float[Array, "*tasks"] | None = None
     error_estimate: Float[Array, "*tasks"] | None = None
     error_bound: Float[Array, "*tasks"] | None = None

@@ -22,11 +22,11 @@ def explain(solution: LinearSolution, tolerance: float = 1e-3) -> str:
     """
     residual, curvature = float(solution.residual), float(solution.curvature)
     status = Status(int(solution.status))
+    if not residual < float("inf"):
+        return SENTENCES[Status.NOT_FINITE]
     if status is not Status.SOUND:
         return SENTENCES[status]
     after = f"residual {residual:.2g} after {int(solution.iterations)} products"
-    if not residual < float("inf"):
-        return SENTENCES[Status.NOT_FINITE]
     if curvature < 0:
         return (
             f"Negative curvature {curvature:.2g} met, {after}: the inner loss is not convex here. "

@@ -105,7 +105,7 @@ def _as_lineax(solver: LinearSolver) -> Any:
         def compute(self, state: Any, vector: Any, options: Any) -> Any:
             found = solver(state.mv, vector)
             results = lineax.RESULTS
-            sound = found.status == Status.SOUND
+            sound = (found.status == Status.SOUND) & jnp.isfinite(found.residual)
             result = results.where(sound, results.successful, results.breakdown)
             return found.value, result, {"num_steps": found.iterations}
 

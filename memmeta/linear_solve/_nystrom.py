@@ -1,5 +1,7 @@
 """A low-rank picture of a matrix from a few random products, to precondition with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -7,18 +9,21 @@ from jaxtyping import Array, Float, Key
 from memmeta._shared import checks, trees
 from memmeta._shared.readable import named
 from memmeta.linear_solve._solution import Preconditioner, Product, System, Vector
+from memmeta.problem import Scalar
 
 
 @named
 def nystrom(rank: int = 20, *, key: Key[Array, ""] | None = None) -> Preconditioner:
     r"""The randomised Nyström preconditioner, for spectra that fall off.
 
-    $$A \approx A \Omega \, (\Omega^\top A \Omega)^{-1} (A \Omega)^\top = U \Lambda U^\top, \qquad
-      M^{-1} = U \Big(\frac{\lambda_r + \lambda}{\Lambda + \lambda} - I\Big) U^\top + I$$
+    $$G \approx G \Omega \, (\Omega^\top G \Omega)^{-1} (G \Omega)^\top = U \Lambda U^\top, \qquad
+      M^{-1} = U \Big(\frac{\lambda_r + \rho}{\Lambda + \rho} - I\Big) U^\top + I$$
 
-    with Ω [parameters, r] random and orthonormal, λ_r the smallest of Λ and λ the damping. M⁻¹ A
-    has its r largest eigenvalues brought down to λ_r, the others stay. Positive for any A:
-    directions of negative curvature are left out of U.
+    with A + λ I = G + ρ I, Ω [parameters, r] random and orthonormal, and λ_r the smallest of Λ.
+    M⁻¹ A has its r largest eigenvalues brought down to λ_r + ρ, the others stay. ρ is the damping
+    and what ridge the problem's `Structure` or its `strong_convexity` shows: a sketch of A itself
+    would see little but a ridge, where there are many parameters. Positive for any A: directions in
+    which G has no positive curvature are left out of U.
 
     Args:
         rank: r, at most the dimension; that many products are made, one after the other, and that
@@ -49,11 +54,13 @@ def nystrom(rank: int = 20, *, key: Key[Array, ""] | None = None) -> Preconditio
         drawn = jax.random.key(0) if key is None else key
 
         def image(x: Array) -> Array:
-            return trees.ravel(system.product(unravel(x)))[0]
+            return trees.ravel(system.product(unravel(x)))[0] - ridge * x
 
+        ridge = known_ridge(system, flat.dtype)
         basis, values = sketch(image, flat, columns, drawn)
         least = jnp.min(values)
-        weights = (least + system.damping) / (values + system.damping) - 1
+        rest = ridge + system.damping
+        weights = (least + rest) / (values + rest) - 1
         # a sketch with NaN, or of a matrix without a positive direction, says nothing
         weights = jnp.where(jnp.isfinite(weights), weights, 0)
         basis = jnp.where(jnp.isfinite(basis), basis, 0)
@@ -65,6 +72,19 @@ def nystrom(rank: int = 20, *, key: Key[Array, ""] | None = None) -> Preconditio
         return inverse, columns
 
     return preconditioner
+
+
+def known_ridge(system: System, dtype: Any) -> Scalar:
+    """ρ with A − ρ I positive semidefinite as far as the problem says; 0 where it says nothing."""
+    problem, context = system.problem, system.context
+    fit = None if problem is None else problem.structure.composed(context)
+    if fit is not None:
+        ridge = fit.ridge
+    elif problem is not None and problem.strong_convexity is not None:
+        ridge = problem.strong_convexity(context)
+    else:
+        ridge = 0.0
+    return jnp.asarray(jax.lax.stop_gradient(ridge), dtype)
 
 
 def sketch(

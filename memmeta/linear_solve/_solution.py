@@ -33,7 +33,9 @@ class LinearSolution(NamedTuple):
         iterations: products with A that went into x.
         products: all that were made: those of steps that changed nothing, of the preconditioner,
             of a warm start and of the checks too.
-        status: 0, or what is wrong with the system, see `Status`; `explain` says it in words.
+        status: 0, or the number of what is wrong with the system: 1 not finite, 2 an asymmetric
+            product, 3 a preconditioner that is not positive, 4 a breakdown. Of an A x that is not
+            finite most solvers say so by the `residual` alone. `explain` puts it in words.
     """
 
     value: Vector
@@ -291,9 +293,10 @@ def _finish(
     # figures for the report: norms have no derivative at zero
     residual, curvature = jax.lax.stop_gradient((jnp.where(norm == 0, 0, residual), curvature))
     made = found.iterations if found.products is None else found.products
-    status = jnp.where(jnp.isinf(residual), jnp.int32(Status.NOT_FINITE), found.status)
     curvature = curvature.astype(residual.dtype)
-    return LinearSolution(value, residual, curvature, found.iterations, made + 1, status), left
+    return LinearSolution(
+        value, residual, curvature, found.iterations, made + 1, found.status
+    ), left
 
 
 def _late(product: Product, x: Vector) -> Vector:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from memmeta.linear_solve._status import SENTENCES, Status
 from memmeta.meta._metrics import KINDS, LEFT, Metrics
 
 CAUSES = {
@@ -30,6 +31,7 @@ DOUBTS = {
         f"linear solve(s) leave more than {LEFT:.0%} of the system: more solver steps, a ridge, "
         "damping, or a (positive) preconditioner"
     ),
+    "unsound": "linear solve(s) say that their answer should not be used",
     "indefinite": (
         "inner Hessian(s) have a direction without positive curvature: a ridge or a proximal term, "
         "or unrolled()"
@@ -75,6 +77,7 @@ def explain(metrics: Metrics) -> str:
     found += [
         f"{counts[name]} of {used} {said}" for name, said in DOUBTS.items() if counts.get(name)
     ]
+    found += _statuses(metrics)
     if counts["refused"]:
         found.append(
             f"{counts['refused']} update(s) refused: the meta-gradient is far larger than usual, "
@@ -90,6 +93,16 @@ def explain(metrics: Metrics) -> str:
     if not found and len(counts) < len(KINDS):
         return f'All {used} tasks are finite; no more was looked at (report="none").'
     return ". ".join(found) + "." if found else f"All {used} tasks went well."
+
+
+def _statuses(metrics: Metrics) -> list[str]:
+    """What the linear solvers of single tasks say, each sentence once."""
+    if metrics.tasks is None or metrics.tasks.report.linear_status is None:
+        return []
+    met = np.unique(
+        np.asarray(metrics.tasks.report.linear_status)[np.asarray(metrics.tasks.usable)]
+    )
+    return [SENTENCES[Status(int(status))].rstrip(".") for status in met if status > 0]
 
 
 def in_trouble(metrics: Metrics) -> bool:

@@ -31,6 +31,7 @@ KINDS = (
     "diverging",
     "unconverged",
     "unsolved",
+    "unsound",
     "indefinite",
     "refused",
 )
@@ -58,6 +59,8 @@ class Counts:
         unconverged: tasks of an implicit rule whose inner loop left more than `LEFT` of its first
             ‖∇_φ g‖: the rule holds at a stationary point of the inner loss only.
         unsolved: tasks of an implicit rule whose linear solve left more than `LEFT` of its system.
+        unsound: tasks whose linear solver says that its answer should not be used: a product that
+            is not symmetric where it must be, a preconditioner that is not positive, a breakdown.
         indefinite: tasks whose inner Hessian has a direction without positive curvature, so that φ̂
             is no strict minimum and the implicit function theorem does not hold.
         refused: updates that the guard refused, because the meta-gradient was far larger than this
@@ -148,7 +151,7 @@ class Sums(NamedTuple):
     Attributes:
         gradient: Σ_i ∇F_i, in float32 at least.
         aux: sums of the auxiliary outputs.
-        figures: sums of the losses and of each figure of the reports.
+        figures: sums of the losses and of each figure of the reports, without `linear_status`.
         counts: usable tasks, and the numbers of `Counts` without `refused` and `reset`.
         smallest: [devices] the smallest curvature on each device, zero in the others' places, so
             that a sum over devices brings the minimum along; None where no curvature was met.
@@ -176,7 +179,7 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
         return jnp.sum(jnp.where(usable, leaf, 0).astype(_wide(leaf)), axis=0)
 
     dtype = _wide(tasks.loss)
-    figures = [leaf.astype(dtype) for leaf in jax.tree.leaves((tasks.loss, tasks.report))]
+    figures = [leaf.astype(dtype) for leaf in jax.tree.leaves(_averaged(tasks))]
     met = [tasks.usable, ~tasks.usable, *_trouble(tasks)]
     # As bits of one number for each task: one pass makes it, and one pass adds all counts up.
     bits = reduce(operator.or_, [one.astype(jnp.int32) << place for place, one in enumerate(met)])
@@ -195,6 +198,11 @@ def sums(gradient: MetaParams, tasks: TaskMetrics, device: Array, devices: int) 
     )
 
 
+def _averaged(tasks: TaskMetrics) -> tuple[Array, Report]:
+    """What has a mean over tasks; a status has none."""
+    return tasks.loss, tasks.report._replace(linear_status=None)
+
+
 def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
     """Which tasks each of the `Counts` counts, in their order, without `masked` and `refused`."""
     report, usable = tasks.report, tasks.usable
@@ -209,6 +217,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
         found &= sound
     implicit = usable if report.linear_residual is not None else jnp.zeros_like(usable)
     residual = 0 if report.linear_residual is None else report.linear_residual
+    status = 0 if report.linear_status is None else report.linear_status
     curvature = jnp.inf if report.smallest_curvature is None else report.smallest_curvature
     contraction = 0 if report.contraction is None else report.contraction
     grew = ~(reduction < GREW) | ~(jnp.asarray(contraction) < 1)
@@ -218,6 +227,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
         usable & stepped & grew,
         implicit & ~(reduction <= LEFT),
         implicit & ~(jnp.asarray(residual) <= LEFT),
+        implicit & (jnp.asarray(status) > 0),
         usable & (jnp.asarray(curvature) <= 0),
     ]
 
@@ -225,7 +235,7 @@ def _trouble(tasks: TaskMetrics) -> list[Bool[Array, " tasks"]]:
 def averages(summed: Sums, gradient: MetaParams, tasks: TaskMetrics) -> Metrics:
     """The metrics of a meta-step from the sums over all devices; `counts.refused` is still zero."""
     used, nothing = summed.counts[0], summed.counts[0] == 0
-    figures = jax.tree.structure((tasks.loss, tasks.report))
+    figures = jax.tree.structure(_averaged(tasks))
     # 0/0 where none is usable; divided before they are told apart, which would be a kernel for each
     means = jax.lax.optimization_barrier(summed.figures / used)
     loss, report = jax.tree.unflatten(figures, means)
