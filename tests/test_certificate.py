@@ -14,6 +14,7 @@ import memmeta as mm
 from benchmarks.problems import stopped
 from memmeta import certificate, few_shot, linear_solve
 from memmeta.linear_solve import extreme_eigenvalues
+from memmeta.linear_solve._spectrum import largest_but_for
 
 
 def errors_of(draw, seed, count):
@@ -154,6 +155,86 @@ def test_errors_in_theta_bound_a_whole_meta_step(x64):
         example.theta, example.tasks, bounds, jax.random.key(0)
     )
     assert error <= bound < 20 * error
+
+
+def solve_errors_of(draw, seed, count, steps):
+    """What linear solves add to the error of random problems, and the bounds, in float64."""
+
+    def one(key):
+        keys = jax.random.split(key)
+        return stopped.solve_errors_of(draw(keys[0]), keys[1], steps)
+
+    # one after the other, see `benchmarks.convergence.coverage.solves`
+    found = jax.jit(partial(jax.lax.map, one))(jax.random.split(jax.random.key(seed), count))
+    return jax.tree.map(np.ravel, found)
+
+
+@pytest.mark.parametrize(
+    ("draw", "steps"),
+    [
+        (partial(stopped.head, squared=False), 12),
+        (partial(stopped.quadratic, size=60), 30),  # μ is known of the better conditioned half
+    ],
+)
+def test_errors_of_solves_are_covered_without_any_constant(x64, draw, steps):
+    found = solve_errors_of(draw, 3, 300, steps)
+    assert np.all(found.error <= found.bound + 1e-9 * (1 + found.bound))
+    seen = np.isfinite(found.bound) & (found.error > 1e-6)
+    assert np.mean(seen) > 0.2
+    ratios = found.bound[seen] / found.error[seen]
+    assert np.median(ratios) < 1.01
+    assert np.quantile(ratios, 0.9) < 2
+
+
+def test_largest_eigenvalues_are_exceeded_no_more_often_than_stated(x64):
+    """One step on uuᵀ, with the probability in closed form: 0.24 where 0.25 is asked for."""
+    unit = jnp.arange(1.0, 21.0) / jnp.linalg.norm(jnp.arange(1.0, 21.0))
+
+    def bound(key):
+        return largest_but_for(lambda x: unit * (unit @ x), unit, key, 0.25, steps=1)
+
+    keys = jax.random.split(jax.random.key(4), 10_000)
+    failed = np.mean(np.asarray(jax.jit(partial(jax.lax.map, bound))(keys)) < 1)
+    assert failed == pytest.approx(0.24, abs=0.015)
+
+
+def spread_problem(curvature):
+    """g with a diagonal Hessian, whose μ is not declared."""
+    return mm.Problem(
+        embed=lambda theta, batch: theta,
+        inner_loss=lambda phi, c: 0.5 * phi @ (curvature * phi) - phi @ c,
+        outer_loss=lambda phi, c: (jnp.sum(phi), {}),
+        init=jnp.zeros_like,
+    )
+
+
+def bound_of_zero(problem, steps):
+    """`error_of_solve` of v̂ = 0, whose error is ‖1 / curvature‖."""
+    phi = jnp.zeros(200)
+    return certificate.error_of_solve(problem, phi, phi, phi, jax.random.key(5), steps=steps)
+
+
+def test_a_declared_curvature_serves_where_steps_are_few(x64):
+    curvature = jnp.linspace(0.5, 30.0, 200)
+    problem = spread_problem(curvature)
+    declared = replace(problem, strong_convexity=lambda c: jnp.asarray(0.5))
+    error = np.linalg.norm(1 / curvature)
+    assert bound_of_zero(problem, 20) == np.inf
+    assert error <= bound_of_zero(declared, 20) < 3 * error
+    assert error <= bound_of_zero(problem, 90) < 1.01 * error
+
+
+def test_no_bound_of_a_solve_where_the_hessian_is_not_positive(x64):
+    for least in (-0.1, 0.0):
+        curvature = jnp.linspace(1.0, 5.0, 200).at[0].set(least)
+        assert bound_of_zero(spread_problem(curvature), 100) == np.inf
+
+
+@pytest.mark.parametrize(("option", "value"), [("failure", 0.0), ("failure", 1), ("steps", 0)])
+def test_a_bound_of_a_solve_names_what_it_cannot_read(option, value):
+    problem, phi = spread_problem(jnp.ones(2)), jnp.zeros(2)
+    with pytest.raises(ValueError, match=option):
+        certificate.error_of_solve(problem, phi, phi, phi, jax.random.key(0), **{option: value})
 
 
 @pytest.mark.parametrize(("option", "value"), [("failure", 0.0), ("failure", 1.0), ("steps", 0)])

@@ -33,6 +33,7 @@ EXPERIMENTS: dict[str, Callable[[Array, bool], Experiment]] = {
     "memory": costs.memory,
     "softmax": rates.softmax_heads,
     "certificates": coverage.certificates,
+    "solves": coverage.solves,
     "on_demand": rates.on_demand,
 }
 """All of them, in the order of the table."""

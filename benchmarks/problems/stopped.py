@@ -51,6 +51,18 @@ class Errors(NamedTuple):
     distance: Array
 
 
+class SolveErrors(NamedTuple):
+    """Of one answer v̂ at φ̂: what its linear solve adds to the error.
+
+    Attributes:
+        error: ‖M (v̂ − A⁻¹ b)‖, by a dense solve.
+        bound: `certificate.error_of_solve`, which is told no constant.
+    """
+
+    error: Array
+    bound: Array
+
+
 def head(key: Array, squared: bool) -> Drawn:
     """A head, a ridge from 10⁻³ to 3, on features of a scale from 0.03 to 5."""
     keys = jax.random.split(key, 3)
@@ -92,15 +104,15 @@ def random_features(key: Array) -> HeadContext:
     return HeadContext(support, support_targets, query, query_targets)
 
 
-def quadratic(key: Array) -> Drawn:
+def quadratic(key: Array, size: int = 6) -> Drawn:
     """g = ½ φᵀAφ − φᵀBc, f = ½ φᵀQQᵀφ − tᵀφ + φᵀPc: every constant is exact."""
     keys = jax.random.split(key, 8)
-    basis = jnp.linalg.qr(jax.random.normal(keys[0], (6, 6)))[0]
+    basis = jnp.linalg.qr(jax.random.normal(keys[0], (size, size)))[0]
     condition = 10 ** jax.random.uniform(keys[1], minval=0.0, maxval=3.0)
-    curvature = jnp.geomspace(1.0, condition, 6) * jnp.exp(jax.random.normal(keys[2]))
+    curvature = jnp.geomspace(1.0, condition, size) * jnp.exp(jax.random.normal(keys[2]))
     a = (basis * curvature) @ basis.T
-    b, p = (jax.random.normal(k, (6, 4)) for k in keys[3:5])
-    q, t = jax.random.normal(keys[5], (6, 6)), jax.random.normal(keys[6], (6,))
+    b, p = (jax.random.normal(k, (size, 4)) for k in keys[3:5])
+    q, t = jax.random.normal(keys[5], (size, size)), jax.random.normal(keys[6], (size,))
     zero, one = jnp.zeros(()), jnp.ones(())
     norms = [jnp.linalg.norm(m, 2) for m in (p, q @ q.T, b)]
     constants = Constants(norms[0], norms[1], zero, zero, norms[2], one)
@@ -108,14 +120,14 @@ def quadratic(key: Array) -> Drawn:
         embed=lambda theta, batch: theta,
         inner_loss=lambda phi, c: 0.5 * phi @ a @ phi - phi @ b @ c,
         outer_loss=lambda phi, c: (0.5 * phi @ (q @ q.T) @ phi - t @ phi + phi @ p @ c, {}),
-        init=lambda theta: jnp.zeros(6),
+        init=lambda theta: jnp.zeros(size),
         smoothness=lambda c: curvature[-1],
         strong_convexity=lambda c: curvature[0],
         structure=mm.Structure(
             deviations=certificate.deviations_from(lambda phi, radius, c: constants)
         ),
     )
-    return Drawn(problem, jnp.zeros(6), jax.random.normal(keys[7], (4,)))
+    return Drawn(problem, jnp.zeros(size), jax.random.normal(keys[7], (4,)))
 
 
 def context_gradient(problem: mm.Problem, phi: Any, v: Any, context: Any) -> Any:
@@ -205,3 +217,26 @@ def errors_of(drawn: Drawn, key: Array) -> Errors:
         )
 
     return jax.vmap(one)(jax.tree.map(lambda *x: jnp.stack(x), *solutions))
+
+
+def solve_errors_of(drawn: Drawn, key: Array, steps: int = 100) -> SolveErrors:
+    """What the linear solves of both answers add to the error, with an axis of two."""
+    problem, _, context = drawn
+    keys = jax.random.split(key)
+    phi, solutions = answers(drawn, keys[0])
+    flat, unflatten = ravel_pytree(phi)
+    hessian = jax.hessian(lambda x: problem.inner_loss(unflatten(x), context))(flat)
+    outer = jax.grad(lambda x: problem.outer_loss(unflatten(x), context)[0])(flat)
+    exact = unflatten(jnp.linalg.solve(hessian, outer))
+    truth = context_gradient(problem, phi, exact, context)
+    unknown = replace(problem, strong_convexity=None, structure=mm.Structure())
+
+    def one(v: Any, key: Array) -> SolveErrors:
+        found = context_gradient(problem, phi, v, context)
+        return SolveErrors(
+            optax.tree.norm(jax.tree.map(jnp.subtract, found, truth)),
+            certificate.error_of_solve(unknown, phi, v, context, key, steps=steps),
+        )
+
+    both = jax.tree.map(lambda *x: jnp.stack(x), *solutions)
+    return jax.vmap(one)(both, jax.random.split(keys[1]))

@@ -40,6 +40,11 @@ def not_negative(name: str, value: Any) -> None:
     require(name, value, _finite(value) and value >= 0, "a finite number, 0 or more")
 
 
+def probability(name: str, value: Any) -> None:
+    """Refuse what is no number between 0 and 1, the ends excluded."""
+    require(name, value, _finite(value) and 0 < value < 1, "a probability above 0 and below 1")
+
+
 def _finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -73,10 +73,8 @@ def error_in_theta(
         >>> 0.3 <= float(found) < 0.6
         True
     """
-    checks.positive("failure", failure)
+    checks.probability("failure", failure)
     checks.count("steps", steps)
-    if failure >= 1:
-        raise ValueError(f"failure: expected a probability below 1, found {failure}.")
     count = trees.leading_size(tasks, "tasks")
 
     def one(task_and_key: tuple[Any, Array]) -> Scalar:

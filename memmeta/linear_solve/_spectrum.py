@@ -1,13 +1,20 @@
 """Extreme eigenvalues of a symmetric operator that is known by its products only."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from memmeta._shared import trees
 from memmeta.linear_solve._solution import Product, Vector, unit
+
+CANCELLED = 100
+"""Units of rounding: what is no longer than so many counts as zero."""
+
+HALVINGS = 60
+"""Of an interval that is no longer than the spectrum, down to rounding in float64."""
 
 
 def extreme_eigenvalues(
@@ -35,6 +42,68 @@ def extreme_eigenvalues(
         >>> [round(float(end), 3) for end in ends]
         [1.0, 5.0]
     """
+    alpha, beta, used = _lanczos(product, start, steps)
+    # Past the end of the Krylov space: the first Ritz value again, which changes neither end.
+    values = _ritz_values(jnp.where(used, alpha, alpha[0]), beta)
+    return values[0], values[-1]
+
+
+def largest_but_for(
+    product: Product, like: PyTree, key: Key[Array, ""], failure: float, steps: int
+) -> Float[Array, ""]:
+    r"""A number that λ_max(A) exceeds with a chance of at most p = `failure`, by Lanczos steps.
+
+    $$\prod_{i \le k} \frac{t - \theta_i}{\beta_i} = \frac{\|\omega\|}{\tau}, \quad
+      t > \theta_{\max}, \qquad \omega \sim N(0, I), \quad \tau = p \sqrt{\pi/2}$$
+
+    solved for t, with the Ritz values θ_i and the off-diagonal β_i of k steps from ω. Derived in
+    docs/theory.md, section "The linear solve alone".
+
+    Args:
+        product: x -> A x on pytrees; A is symmetric, and may be indefinite.
+        like: a vector, for shapes and dtypes.
+        key: of ω.
+        failure: p, in (0, 1).
+        steps: k, at most the dimension; that many vectors are kept.
+
+    Returns:
+        t, with the share of rounding added.
+
+    Source: van Dorsselaer, Hochstenbach, van der Vorst (SIAM J. Matrix Anal. Appl. 2000).
+
+    Example:
+        >>> values = jnp.linspace(0.0, 1.0, 100)
+        >>> found = largest_but_for(lambda x: values * x, values, jax.random.key(0), 1e-6, 30)
+        >>> 1.0 <= float(found) < 1.1
+        True
+    """
+    flat, unflatten = trees.ravel(like)
+    omega = jax.random.normal(key, flat.shape, flat.dtype)
+    alpha, beta, used = _lanczos(product, unflatten(omega), steps)
+    values = _ritz_values(jnp.where(used, alpha, alpha[0]), beta)
+    rounding = jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(values))
+    # what may be left of the β that ended the Krylov space
+    least = CANCELLED * rounding + jnp.finfo(flat.dtype).tiny
+    level = jnp.sum(jnp.where(used, jnp.log(jnp.maximum(beta, least)), 0))
+    level += jnp.log(jnp.linalg.norm(omega)) - math.log(failure * math.sqrt(math.pi / 2))
+
+    def halved(ends: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        short, enough = ends
+        beyond = (short + enough) / 2
+        t = values[-1] + beyond
+        padding = jnp.where(used, 0, jnp.log(t - alpha[0]))
+        reached = jnp.sum(jnp.log(values[-1] - values + beyond) - padding) >= level
+        return (jnp.where(reached, short, beyond), jnp.where(reached, beyond, enough)), None
+
+    # enough, since no factor is smaller than t − θ_max
+    enough = jnp.exp(level / jnp.sum(used, dtype=level.dtype))
+    (_, beyond), _ = jax.lax.scan(halved, (0 * enough, enough), length=HALVINGS)
+    whole = jnp.all(used) & (values.size == flat.size)  # all eigenvalues are Ritz values
+    return values[-1] + jnp.where(whole, 0, beyond) + values.size * rounding
+
+
+def _lanczos(product: Product, start: PyTree, steps: int) -> tuple[Array, Array, Array]:
+    """α and β of the steps, and which of them were made before the Krylov space ended."""
     flat, unflatten = trees.ravel(start)
     steps = min(steps, flat.size)
     flat = jnp.where(jnp.any(flat != 0) & jnp.all(jnp.isfinite(flat)), flat, jnp.ones_like(flat))
@@ -53,7 +122,7 @@ def extreme_eigenvalues(
         rest = orthogonal(image, basis)
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
         beta = jnp.linalg.norm(rest)
-        advancing = beta > 100 * rounding * scale
+        advancing = beta > CANCELLED * rounding * scale
         q = jnp.where(advancing, rest / jnp.where(advancing, beta, 1), 0)
         return (q, basis, scale), (alpha, jnp.where(advancing, beta, 0), jnp.any(basis[index] != 0))
 
@@ -61,11 +130,14 @@ def extreme_eigenvalues(
     first = flat / jnp.linalg.norm(flat)
     start_carry = (first, basis, jnp.zeros((), flat.dtype))
     _, (alpha, beta, used) = jax.lax.scan(body, start_carry, jnp.arange(steps))
-    # Past the end of the Krylov space: the first Ritz value again, which changes neither end.
-    alpha = jnp.where(used, alpha, alpha[0])
+    return alpha, beta, used
+
+
+def _ritz_values(alpha: Array, beta: Array) -> Array:
+    """The eigenvalues of T, the smallest first."""
     matrix = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
-    values = jnp.linalg.eigvalsh(matrix)
-    return values[0], values[-1]
+    values: Array = jnp.linalg.eigvalsh(matrix)
+    return values
 
 
 def power_iteration(product: Product, start: Vector, steps: int = 8) -> Float[Array, ""]:
