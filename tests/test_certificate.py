@@ -13,8 +13,7 @@ from problems import exact_hypergradient, head_example, quadratic_problem, quadr
 import memmeta as mm
 from benchmarks.problems import stopped
 from memmeta import certificate, few_shot, linear_solve
-from memmeta.linear_solve import extreme_eigenvalues
-from memmeta.linear_solve._spectrum import largest_but_for
+from memmeta.linear_solve import extreme_eigenvalues, largest_eigenvalue_bound
 
 
 def errors_of(draw, seed, count):
@@ -191,7 +190,7 @@ def test_largest_eigenvalues_are_exceeded_no_more_often_than_stated(x64):
     unit = jnp.arange(1.0, 21.0) / jnp.linalg.norm(jnp.arange(1.0, 21.0))
 
     def bound(key):
-        return largest_but_for(lambda x: unit * (unit @ x), unit, key, 0.25, steps=1)
+        return largest_eigenvalue_bound(lambda x: unit * (unit @ x), unit, key, 0.25, steps=1)
 
     keys = jax.random.split(jax.random.key(4), 10_000)
     failed = np.mean(np.asarray(jax.jit(partial(jax.lax.map, bound))(keys)) < 1)

@@ -81,7 +81,7 @@ def tightening(tolerance: Callable[[Array], Array], most: int, warm: int = 0) ->
     """At meta-step t both loops stop at a tolerance, after at most so many inner steps."""
 
     def make(problem: mm.Problem, rate: Array) -> Step:
-        estimator = scheduled(lambda t: implicit(cg(5), tolerance=tolerance(t)))
+        estimator = scheduled(lambda t: implicit(tolerance=tolerance(t)))
         return meta_step(problem, most, estimator, rate, warm)
 
     return make

@@ -194,7 +194,7 @@ def softmax_errors(key: Array, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def on_demand(keys: Array, quick: bool) -> Experiment:
     """Tightening tolerances against fixed K, at equal numbers of products."""
-    count, tasks, between_looks = (200 if quick else 2000), 8, 5
+    count, tasks = (200 if quick else 2000), 8
     family = Family(jnp.linspace(1.0, 20.0, 40), jnp.ones(40))
     slowly, fast = (lambda t: 0.5 * 0.995**t), (lambda t: 0.1 / (1.0 + t) ** 2)
     methods = {
@@ -206,7 +206,7 @@ def on_demand(keys: Array, quick: bool) -> Experiment:
     for name, make in methods.items():
         squares, report = run(make, family, keys, count, tasks, quick)
         steps = np.asarray(report.inner_steps)
-        products = (steps + 5 * (steps / between_looks + 1) + 1).mean(axis=0).cumsum()
+        products = (steps + np.asarray(report.linear_iterations)).mean(axis=0).cumsum()
         curves[name] = (products, squares)
     first = next(iter(methods))
     budget = curves[first][0][-1]

@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
     problem: Problem
     theta: Any
-    tasks: Task
+    tasks: Any
 
 
 def heads() -> Example:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 from memmeta._shared import checks, trees
 from memmeta.linear_solve import cg
-from memmeta.linear_solve._spectrum import largest_but_for
+from memmeta.linear_solve._spectrum import largest_eigenvalue_bound
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext, hessian_product
 
 MIXED_STEPS = 10
@@ -93,13 +93,13 @@ def error_of_solve(
 
     of_curvature, of_mixed = jax.random.split(key)
     half = failure / 2
-    curvature = -largest_but_for(
+    curvature = -largest_eigenvalue_bound(
         lambda u: jax.tree.map(jnp.negative, product(u)), b, of_curvature, half, steps
     )
     if problem.strong_convexity is not None:
         given = problem.strong_convexity(context).astype(curvature.dtype)
         curvature = jnp.fmax(curvature, given)
-    square = largest_but_for(lambda u: forward(mixed(u)), b, of_mixed, half, MIXED_STEPS)
+    square = largest_eigenvalue_bound(lambda u: forward(mixed(u)), b, of_mixed, half, MIXED_STEPS)
 
     r = jax.tree.map(jnp.subtract, b, product(solution))
     corrected = cg(steps)(product, r).value

@@ -1,5 +1,6 @@
 r"""The implicit hypergradient: the last inner iterate, one linear solve, one mixed product."""
 
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -16,6 +17,7 @@ from memmeta.certificate._estimate import (
     residuals,
     residuals_with_error,
 )
+from memmeta.hypergradient import _on_demand
 from memmeta.hypergradient._estimator import (
     TaskGradient,
     TaskStart,
@@ -23,7 +25,6 @@ from memmeta.hypergradient._estimator import (
     per_task,
     report_of_loop,
 )
-from memmeta.hypergradient._on_demand import until
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
@@ -47,7 +48,7 @@ SYSTEM = 2**31 - 4
 
 @named
 def implicit(
-    solver: LinearSolver = cg(20),
+    solver: LinearSolver | None = None,
     *,
     tolerance: float | Array | None = None,
     view: View | None = None,
@@ -62,12 +63,15 @@ def implicit(
     in the context c, pulled back through `embed` by `per_task`. Only φ_K is kept of the inner loop.
 
     Args:
-        solver: of the linear system, see `memmeta.linear_solve`.
-        tolerance: how wrong the hypergradient of a task may be; inner steps and solves are spent
-            in turn: rounds of five inner steps and one linear solve, each from where the last one
-            ended, until the certificate is at most this or `inner.steps` are made. May be a traced
-            scalar, to be tightened with the outer iterations by `scheduled`. None makes all inner
-            steps and one solve.
+        solver: of the linear system, see `memmeta.linear_solve`. None: `cg(20)`; with a tolerance
+            `cg(100, tolerance=0.0, absolute_tolerance=1.0)`, for whose sake each system comes in
+            units of the residual that is allowed. Others do what they do, in every round.
+        tolerance: how wrong the hypergradient of a task may be, as a share of its length: rounds of
+            inner steps and of one linear solve, each from where the last one ended and only as far
+            as that says is needed, until ‖∇̂F_i − ∇F_i‖ ≤ tolerance · ‖∇F_i‖, in the context, by
+            the figure that `error_estimate` reports; or until `inner.steps` are made. It is an
+            estimate: the bound is `error_bound`. May be a traced scalar, to be tightened with the
+            outer iterations by `scheduled`. None makes all inner steps and one solve.
         view: (context, key, step) -> what the linear system and the outer loss see, with the number
             of the last inner step: one draw a meta-step, so that the system is symmetric; such as
             `memmeta.inner.minibatch`. Cotangents go back through it. The figures of the report are
@@ -86,7 +90,8 @@ def implicit(
         The estimator.
 
     Raises:
-        ValueError: `products` is neither; it is "gauss_newton" together with a `tolerance`; (when
+        ValueError: `products` is neither; `tolerance` is not positive, or comes together with
+            "gauss_newton" or a `view`, or (when traced) with `InnerLoop(tolerance=...)`; (when
             traced) the problem has no `structure.composite`.
 
     Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1; the theorem in this form, and the tolerance:
@@ -98,20 +103,16 @@ def implicit(
     """
 
     checks.one_of("products", products, get_args(Matrix))
-    if products == "gauss_newton" and tolerance is not None:
-        raise ValueError(
-            f"tolerance: expected None with products='gauss_newton', found {tolerance!r}: no "
-            "certificate bounds what that matrix leaves out. Leave one of them out."
-        )
+    if tolerance is not None:
+        _check_alone(tolerance, products, view)
+        on_demand = partial(_on_demand.hypergradient, tolerance, solver or _on_demand.SOLVER)
+        return per_task(on_demand, "implicit", losses_seen)
+    solve = solver or cg(20)
     newton = products == "gauss_newton"
 
     def rule(problem: Problem, inner: InnerLoop, begin: TaskStart) -> TaskGradient:
-        guess = begin.guess
-        if tolerance is None:
-            whole = begin.context.whole
-            state = inner.run(problem, begin.params, whole, begin.key, begin.earlier)
-        else:
-            state, guess, _ = until(tolerance, problem, inner, solver, begin)
+        whole = begin.context.whole
+        state = inner.run(problem, begin.params, whole, begin.key, begin.earlier)
         params = state.params
         # draws of its own: φ has just been moved by those of the inner loop
         own_key = jax.random.fold_in(begin.key, SYSTEM)
@@ -130,7 +131,7 @@ def implicit(
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         where = {"problem": problem, "params": params, "context": context}
-        solution = solver(product, outer[0], **where, start=guess)
+        solution = solve(product, outer[0], **where, start=begin.guess)
         # XLA (jax 0.10.2) would otherwise start the mixed product before the solve has ended, and
         # hold the intermediate values of both at once.
         params, value = jax.lax.optimization_barrier((params, solution.value))
@@ -155,6 +156,21 @@ def implicit(
         return TaskGradient(loss, aux, context_bar, None, report, state, solution.value)
 
     return per_task(rule, "implicit", losses_seen)
+
+
+def _check_alone(tolerance: float | Array, products: Matrix, view: View | None) -> None:
+    """Refuse a tolerance that is not positive, and what has no error to be held to it."""
+    if not isinstance(tolerance, jax.core.Tracer):
+        checks.positive("tolerance", jnp.asarray(tolerance).item())
+    for name, holds in (
+        ("products='gauss_newton'", products == "gauss_newton"),
+        ("a view", view is not None),
+    ):
+        if holds:
+            raise ValueError(
+                f"tolerance: expected None with {name}, found {tolerance!r}: no certificate bounds "
+                "what that leaves out. Leave one of them out."
+            )
 
 
 def _share(residual: Params, right: Params) -> Scalar:

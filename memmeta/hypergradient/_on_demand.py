@@ -1,36 +1,69 @@
-"""Inner steps and linear solves in turn, until the certificate is at most a tolerance."""
+r"""Inner steps and linear solves in turn, until the error is at most a share of the hypergradient.
+
+What is left of either is proportional to what it adds to the error, so each round knows from the
+last how far it has to go:
+
+    ‖∇_φ g‖ ← ‖∇_φ g‖ · (its share of the error allowed) / (its part of the error),   ‖r‖ likewise
+
+and a few rounds are enough, whatever the tolerance.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from memmeta._shared import trees
-from memmeta.certificate import estimate
 from memmeta.certificate._bound import Measured
 from memmeta.certificate._certify import certify_measured
-from memmeta.hypergradient._estimator import TaskStart
+from memmeta.certificate._estimate import given_curvature, residuals_with_error
+from memmeta.hypergradient._estimator import TaskGradient, TaskStart, report_of_loop
 from memmeta.inner import InnerLoop, InnerState
-from memmeta.linear_solve import LinearSolver
-from memmeta.problem import Params, Problem, Scalar, hessian_product
+from memmeta.linear_solve import LinearSolver, cg
+from memmeta.linear_solve._solution import Product, dot, scaled
+from memmeta.problem import Context, Params, Problem, Scalar, hessian_product, outer_gradients
 
-ROUND = 5
-"""Inner steps between two looks at the certificate; chosen, not tuned."""
+SOLVER = cg(100, tolerance=0.0, absolute_tolerance=1.0)
+"""Stops where a round has asked it to, since the systems are in units of the residual allowed."""
+
+INNER, LINEAR = 0.6, 0.2
+"""Shares of the error allowed that a round aims at; the rest is for what is not proportional."""
+
+AT_ONCE = 0.1
+"""No round goes further down than by this: its figures are of a point that is not near enough."""
+
+ROUNDS = 20
+"""At most so many; by `AT_ONCE` it takes no more to any accuracy there is."""
 
 
-class Pair(NamedTuple):
-    """The state of the inner and the linear solve of one task.
+class Round(NamedTuple):
+    """What one task has after a number of rounds.
 
     Attributes:
-        inner: of φ.
-        solution: v.
-        error: the certificate of the hypergradient that they give, a bound or an estimate.
+        inner: the state of the inner loop.
+        solution: v̂.
+        context: ∂_c f − ∂²_cφ g v̂, the hypergradient.
+        by_inner, by_linear: the two parts of its estimated error.
+        residual: ‖r‖ / ‖∂_φ f‖.
+        curvature: the smallest that the solver has met since it last met a negative one.
+        products: of second derivatives made, those of the estimates included.
+        rounds: made so far.
+        status: of the last solve.
+        wanted: of the next round, ‖∇_φ g‖ and ‖r‖ / ‖∂_φ f‖.
     """
 
     inner: InnerState
     solution: Params
-    error: Scalar
+    context: Context
+    by_inner: Scalar
+    by_linear: Scalar
+    residual: Scalar
+    curvature: Scalar
+    products: Int32[Array, ""]
+    rounds: Int32[Array, ""]
+    status: Int32[Array, ""]
+    wanted: tuple[Scalar, Scalar]
 
 
 def until(
@@ -39,37 +72,127 @@ def until(
     inner: InnerLoop,
     solver: LinearSolver,
     begin: TaskStart,
-) -> Pair:
-    """Rounds of 5 inner steps and one linear solve, each from where the last one ended.
+) -> Round:
+    r"""Rounds until the estimate of ‖∇̂F_i − ∇F_i‖ is at most ε ‖∇F_i‖.
 
-    Ends when the certificate is at most the tolerance, or `inner.steps` (rounded up to whole
-    rounds) are made. The certificate is the rigorous bound where the problem gives its deviations,
-    else `certificate.estimate`.
+    Ends, too, when `inner.steps` are made and the linear system is solved as well as was asked.
     """
-    context = begin.context.whole
+    split, context = begin.context, begin.context.whole
 
-    def solve(params: Params, guess: Params) -> tuple[Params, Scalar]:
+    def allowed(found: Context) -> Scalar:
+        # e ≤ ε (‖∇̂F‖ − e), and ‖∇F‖ is at least what stands in the brackets
+        return tolerance / (1 + tolerance) * trees.norm(found)
+
+    def unfinished(last: Round) -> Bool[Array, ""]:
+        most = allowed(last.context)
+        # comparisons are False for NaN: steps are spent, not saved
+        reached = last.by_inner + last.by_linear <= most
+        possible = last.inner.steps - last.inner.before < inner.steps
+        possible |= ~(last.by_linear <= LINEAR * most)
+        return ~reached & possible & (last.rounds < ROUNDS)
+
+    def one_round(last: Round) -> Round:
+        state = inner.until(problem, last.inner, context, begin.key, last.wanted[0])
+        params, norm = state.params, state.gradient_norm
         gradient, product = hessian_product(problem, params, context)
-        outer = jax.grad(lambda phi: problem.outer_loss(phi, context)[0])(params)
+        outer = outer_gradients(problem, params, split)
+        unit = last.wanted[1] * trees.norm(outer[0])
+        unit = jnp.where(unit > 0, unit, 1)
         where = {"problem": problem, "params": params, "context": context}
-        found = solver(product, outer, **where, start=guess)
-        if not problem.certifiable:
-            return found.value, estimate(problem, params, found.value, context).total
-        residual = found.residual * trees.norm(outer)
-        measured = Measured(trees.norm(gradient), residual, found.value)
-        return found.value, certify_measured(problem, params, measured, begin.context).total
+        guess = scaled(1 / unit, last.solution)
+        found = solver(product, scaled(1 / unit, outer[0]), **where, start=guess)
+        solution = scaled(unit, found.value)
 
-    def unfinished(pair: Pair) -> Bool[Array, ""]:
-        # `error <= tolerance` is False for NaN: steps are spent, not saved
-        made = pair.inner.steps - pair.inner.before
-        return ~(pair.error <= tolerance) & (made < inner.steps)
-
-    def one_round(pair: Pair) -> Pair:
-        state = inner.advance(problem, pair.inner, context, begin.key, ROUND)
-        return Pair(state, *solve(state.params, pair.solution))
+        met = found.curvature
+        curvature = jnp.where(last.curvature > 0, jnp.minimum(last.curvature, met), met)
+        made = found.products + 2
+        if problem.strong_convexity is not None:
+            mu = given_curvature(problem, context, curvature)
+        else:
+            # what is left of ∇_φ g lies along the smallest curvatures, if anything does
+            mu, made = jnp.minimum(curvature, _along(gradient, product)), made + 1
+        here, error = residuals_with_error(problem, params, solution, outer, split, mu)
+        most = allowed(here.context)
+        wanted = (
+            norm * _shrunk(INNER * most, error.inner),
+            found.residual * _shrunk(LINEAR * most, error.linear),
+        )
+        following = Round(
+            state,
+            solution,
+            here.context,
+            error.inner,
+            error.linear,
+            found.residual,
+            curvature,
+            last.products + made,
+            last.rounds + 1,
+            jnp.asarray(found.status),
+            wanted,
+        )
+        kept: Round = jax.tree.map(lambda new, old: new.astype(old.dtype), following, last)
+        return kept
 
     state = inner.start(problem, begin.params, context, begin.earlier)
-    guess = begin.guess
-    guess = jax.tree.map(jnp.zeros_like, begin.params) if guess is None else guess
-    first = Pair(state, guess, jnp.full_like(state.gradient_norm, jnp.inf))
+    # in a life that goes on, the slope that it began with
+    slope = trees.norm(jax.grad(problem.inner_loss)(begin.params, context))
+    slope = jnp.where(jnp.isfinite(state.first_gradient_norm), state.first_gradient_norm, slope)
+    unknown = jnp.full_like(state.gradient_norm, jnp.inf)
+    share = jnp.minimum(jnp.asarray(tolerance, unknown.dtype), 0.5)
+    none = jax.tree.map(jnp.zeros_like, begin.params)
+    first = Round(
+        state,
+        none if begin.guess is None else begin.guess,
+        jax.tree.map(jnp.zeros_like, begin.context.active),
+        *(unknown, unknown, unknown, unknown),
+        *(jnp.int32(0), jnp.int32(0), jnp.int32(0)),
+        (share * slope.astype(unknown.dtype), share),
+    )
     return jax.lax.while_loop(unfinished, one_round, first)
+
+
+def _along(direction: Params, product: Product) -> Scalar:
+    """uᵀA u / uᵀu; infinite where u = 0."""
+    square = dot(direction, direction)
+    quotient = dot(direction, product(direction)) / jnp.where(square > 0, square, 1)
+    return jnp.where(square > 0, quotient, jnp.inf)
+
+
+def _shrunk(allowed: Scalar, part: Scalar) -> Scalar:
+    """allowed / part, between `AT_ONCE` and 1; `AT_ONCE` where the part is not known."""
+    known = jnp.isfinite(part) & (part > 0)
+    share = jnp.clip(allowed / jnp.where(known, part, 1), AT_ONCE, 1)
+    return jnp.where(part == 0, 1, jnp.where(known, share, AT_ONCE))
+
+
+def hypergradient(
+    tolerance: float | Float[Array, ""],
+    solver: LinearSolver,
+    problem: Problem,
+    inner: InnerLoop,
+    begin: TaskStart,
+) -> TaskGradient:
+    """The rule of `implicit(tolerance=...)` for one task."""
+    if inner.tolerance is not None:
+        raise ValueError(
+            "tolerance: expected None in the rounds of implicit(tolerance=...), which say "
+            f"themselves when to stop, found InnerLoop(tolerance={inner.tolerance}). Leave it out."
+        )
+    last = until(tolerance, problem, inner, solver, begin)
+    params, context = last.inner.params, begin.context.whole
+    loss, aux = problem.outer_loss(params, context)
+    report = report_of_loop(last.inner)._replace(
+        linear_residual=last.residual,
+        linear_iterations=last.products.astype(last.residual.dtype),
+        linear_status=last.status.astype(last.residual.dtype),
+        smallest_curvature=last.curvature,
+    )
+    if begin.wanted.errors:
+        report = report._replace(error_estimate=last.by_inner + last.by_linear)
+        if problem.certifiable:
+            gradient = trees.norm(jax.grad(problem.inner_loss)(params, context))
+            size = trees.norm(outer_gradients(problem, params, begin.context)[0])
+            measured = Measured(gradient, last.residual * size, last.solution)
+            bound = certify_measured(problem, params, measured, begin.context)
+            report = report._replace(error_bound=bound.total)
+    return TaskGradient(loss, aux, last.context, None, report, last.inner, last.solution)

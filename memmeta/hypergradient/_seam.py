@@ -27,7 +27,8 @@ class Report(NamedTuple):
             the task's life); infinite where no step was made.
         inner_steps: inner steps made; fewer than asked for where a tolerance stopped the loop.
         linear_residual: ‖∂_φ f − (∂²_φφ g) v̂‖ / ‖∂_φ f‖ of the linear system that was solved.
-        linear_iterations: Hessian-vector products that went into v̂.
+        linear_iterations: Hessian-vector products that went into v̂; with `implicit(tolerance=...)`
+            all that were made in any round.
         linear_status: 0, or the number of what is wrong with the linear system (a product that is
             not symmetric or not finite, a preconditioner that is not positive), see
             `memmeta.linear_solve.LinearSolution`; of single tasks, never a mean.

@@ -161,21 +161,44 @@ class InnerLoop:
         earlier: Earlier | None = None,
     ) -> InnerState:
         """The state at the end, with arguments as for `start`; memory does not grow with K."""
-        begin = self.start(problem, params, context, earlier)
+        return self.until(problem, self.start(problem, params, context, earlier), context, key)
+
+    def until(
+        self,
+        problem: Problem,
+        state: InnerState,
+        context: Context,
+        key: Key[Array, ""],
+        enough: Scalar | None = None,
+    ) -> InnerState:
+        """Go on until a step was made from a point with ‖∇_φ g‖ at most `enough`.
+
+        Args:
+            problem: whose `inner_loss` is minimised.
+            state: as returned by `start` or by this. A step is made in any case, if one is left.
+            context: of one task.
+            key: as for a call; the same from the first step to the last.
+            enough: None: the loop's own `tolerance`.
+
+        Returns:
+            The state after the steps; no more than K are made since `start`.
+        """
+        threshold = self.tolerance if enough is None else enough
+        first = state.steps
         # XLA (jax 0.10.2) inlines a loop whose trip count it can see to be 1, and then schedules
         # the rest differently. Behind the barrier program and memory are the same for every K.
-        limit = begin.before + jax.lax.optimization_barrier(jnp.int32(self.steps))
+        limit = state.before + jax.lax.optimization_barrier(jnp.int32(self.steps))
 
         def unfinished(state: InnerState) -> Bool[Array, ""]:
             more: Array = state.steps < limit
-            if self.tolerance is not None:
-                more &= ~(state.gradient_norm <= self.tolerance)
+            if threshold is not None:
+                more &= (state.steps == first) | ~(state.gradient_norm <= threshold)
             return more
 
         def body(state: InnerState) -> InnerState:
             return self._step(problem, state, context, key)
 
-        return jax.lax.while_loop(unfinished, body, begin)
+        return jax.lax.while_loop(unfinished, body, state)
 
     def start(
         self,
@@ -231,10 +254,9 @@ class InnerLoop:
         """
         if self.tolerance is not None:
             raise ValueError(
-                "tolerance: expected None where steps are differentiated in reverse, or made in "
-                "the rounds of implicit(tolerance=...), found "
+                "tolerance: expected None where steps are differentiated in reverse, found "
                 f"InnerLoop(tolerance={self.tolerance}). Leave it out, or use an estimator that "
-                "runs the loop by itself: implicit() without a tolerance, or forward_mode()."
+                "runs the loop by itself, such as implicit() or forward_mode()."
             )
         step = step_transform(lambda state, context: self._step(problem, state, context, key))
         state, _ = jax.lax.scan(lambda s, _: (step(s, context), None), state, length=steps)

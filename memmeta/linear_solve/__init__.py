@@ -22,7 +22,7 @@ from memmeta.linear_solve._solution import (
     System,
     make_solver,
 )
-from memmeta.linear_solve._spectrum import extreme_eigenvalues
+from memmeta.linear_solve._spectrum import extreme_eigenvalues, largest_eigenvalue_bound
 from memmeta.linear_solve._woodbury import woodbury
 
 SOLVERS: dict[str, Callable[..., LinearSolver]] = {
@@ -60,6 +60,7 @@ __all__ = [
     "gmres",
     "jacobi",
     "kronecker",
+    "largest_eigenvalue_bound",
     "make_solver",
     "minres",
     "neumann",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from memmeta._shared import trees
+from memmeta._shared import checks, trees
 from memmeta.linear_solve._solution import Product, Vector, unit
 
 CANCELLED = 100
@@ -48,7 +48,7 @@ def extreme_eigenvalues(
     return values[0], values[-1]
 
 
-def largest_but_for(
+def largest_eigenvalue_bound(
     product: Product, like: PyTree, key: Key[Array, ""], failure: float, steps: int
 ) -> Float[Array, ""]:
     r"""A number that λ_max(A) exceeds with a chance of at most p = `failure`, by Lanczos steps.
@@ -69,14 +69,19 @@ def largest_but_for(
     Returns:
         t, with the share of rounding added.
 
+    Raises:
+        ValueError: `failure` is not between 0 and 1, or `steps` is no whole number, 1 or more.
+
     Source: van Dorsselaer, Hochstenbach, van der Vorst (SIAM J. Matrix Anal. Appl. 2000).
 
     Example:
-        >>> values = jnp.linspace(0.0, 1.0, 100)
-        >>> found = largest_but_for(lambda x: values * x, values, jax.random.key(0), 1e-6, 30)
+        >>> values, key = jnp.linspace(0.0, 1.0, 100), jax.random.key(0)
+        >>> found = largest_eigenvalue_bound(lambda x: values * x, values, key, 1e-6, 30)
         >>> 1.0 <= float(found) < 1.1
         True
     """
+    checks.probability("failure", failure)
+    checks.count("steps", steps)
     flat, unflatten = trees.ravel(like)
     omega = jax.random.normal(key, flat.shape, flat.dtype)
     alpha, beta, used = _lanczos(product, unflatten(omega), steps)
