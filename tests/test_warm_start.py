@@ -169,6 +169,22 @@ def test_accuracy_on_demand_with_any_solver(x64):
         assert error < 1e-6 * jnp.linalg.norm(coupling, 2) * size
 
 
+def test_a_new_member_spends_what_a_cold_start_does(x64):
+    cold = mm.make_meta_step(
+        quadratic_problem(),
+        mm.InnerLoop(mm.inner.gradient_descent(), 1000),
+        implicit(tolerance=0.1),
+        optax.sgd(0.1),
+    )
+    warm, theta = WarmStart(cold, 3), jnp.linspace(-1.0, 1.0, 4)
+    tasks = quadratic_tasks(jax.random.key(1), 3)
+    _, alone = cold(cold.init(theta), tasks)
+    state, first = warm(warm.init(theta, tasks), tasks, jnp.arange(3))
+    _, second = warm(state, tasks, jnp.arange(3))
+    steps = [metrics.report.inner_steps for metrics in (alone, first, second)]
+    assert steps[0] == steps[1] > steps[2]
+
+
 @pytest.mark.parametrize("tolerance", [-1e-3, 0.0, float("nan"), float("inf"), jnp.array(-1.0)])
 def test_a_bad_tolerance_is_named(tolerance):
     with pytest.raises(ValueError, match=r"^tolerance: expected a finite number above 0, found"):

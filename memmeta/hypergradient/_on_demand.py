@@ -136,7 +136,7 @@ def until(
     state = inner.start(problem, begin.params, context, begin.earlier)
     # in a life that goes on, the slope that it began with
     slope = trees.norm(jax.grad(problem.inner_loss)(begin.params, context))
-    slope = jnp.where(jnp.isfinite(state.first_gradient_norm), state.first_gradient_norm, slope)
+    slope = jnp.where(state.before > 0, state.first_gradient_norm, slope)
     unknown = jnp.full_like(state.gradient_norm, jnp.inf)
     share = jnp.minimum(jnp.asarray(tolerance, unknown.dtype), 0.5)
     none = jax.tree.map(jnp.zeros_like, begin.params)
