@@ -176,19 +176,47 @@ def test_a_new_member_spends_what_a_cold_start_does(x64):
         implicit(tolerance=0.1),
         optax.sgd(0.1),
     )
-    warm, theta = WarmStart(cold, 3), jnp.linspace(-1.0, 1.0, 4)
-    tasks = quadratic_tasks(jax.random.key(1), 3)
-    _, alone = cold(cold.init(theta), tasks)
-    state, first = warm(warm.init(theta, tasks), tasks, jnp.arange(3))
-    _, second = warm(state, tasks, jnp.arange(3))
-    steps = [metrics.report.inner_steps for metrics in (alone, first, second)]
-    assert steps[0] == steps[1] > steps[2]
+    warm, tasks = WarmStart(cold, 3), quadratic_tasks(jax.random.key(1), 3)
+    for theta in (jnp.linspace(-1.0, 1.0, 4), jnp.zeros(4)):  # of zeros φ₀ is the minimum
+        _, alone = cold(cold.init(theta), tasks)
+        state, first = warm(warm.init(theta, tasks), tasks)
+        _, second = warm(state, tasks)
+        steps = [metrics.report.inner_steps for metrics in (alone, first, second)]
+        assert steps[0] == steps[1]
+        assert steps[2] < 40
+
+
+def test_recycled_solutions_save_products(x64):
+    """A member's last three v̂ beside its last alone: the same answers, from fewer products."""
+    inner, theta = mm.InnerLoop(mm.inner.newton(None), 2), jnp.linspace(-1.0, 1.0, 4)
+    tasks = quadratic_tasks(jax.random.key(1), 3, inner=60, condition=100.0)
+    problem, products = quadratic_problem(60, condition=100.0), {}
+    for recycled in (1, 3):
+        estimator = implicit(cg(100, tolerance=1e-6), recycled=recycled)
+        step = WarmStart(mm.make_meta_step(problem, inner, estimator, optax.sgd(0.01)), 3)
+        state, made = step.init(jnp.copy(theta), tasks), []
+        for _ in range(12):
+            before = np.array(state.meta.meta_params)  # the state is donated
+            exact = quadratic_hypergradient(before, tasks)
+            state, metrics = step(state, tasks)
+            gradient = (before - state.meta.meta_params) / 0.01
+            np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-4)
+            made.append(float(metrics.report.linear_iterations))
+        products[recycled] = np.mean(made[4:])
+    assert products[3] < 0.7 * products[1]
 
 
 @pytest.mark.parametrize("tolerance", [-1e-3, 0.0, float("nan"), float("inf"), jnp.array(-1.0)])
 def test_a_bad_tolerance_is_named(tolerance):
     with pytest.raises(ValueError, match=r"^tolerance: expected a finite number above 0, found"):
         implicit(tolerance=tolerance)
+
+
+def test_several_solutions_and_a_tolerance_are_refused():
+    with pytest.raises(ValueError, match=r"^recycled: expected 1 with a tolerance"):
+        implicit(tolerance=0.1, recycled=3)
+    with pytest.raises(ValueError, match=r"^recycled: expected a whole number, 1 or more"):
+        implicit(recycled=0)
 
 
 def test_a_tolerance_needs_an_error_to_hold():

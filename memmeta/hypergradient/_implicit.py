@@ -25,6 +25,7 @@ from memmeta.hypergradient._estimator import (
     per_task,
     report_of_loop,
 )
+from memmeta.hypergradient._recycled import combined, remembered
 from memmeta.hypergradient._seam import Estimator
 from memmeta.hypergradient._structural_zeros import losses_seen
 from memmeta.inner import InnerLoop
@@ -54,6 +55,7 @@ def implicit(
     view: View | None = None,
     estimate_error: bool = True,
     products: Matrix = "hessian",
+    recycled: int = 1,
 ) -> Estimator:
     r"""The hypergradient by the implicit function theorem; memory does not grow with K.
 
@@ -86,13 +88,19 @@ def implicit(
             `smallest_curvature` are those of that matrix, and the error figures need
             `Problem.strong_convexity`. Needs a `Structure.composite` or a `Structure.head`.
 
+        recycled: under `memmeta.meta.WarmStart`, how many of a member's last v̂ the linear solve
+            starts from: 1 from the last one, more from their combination nearest to the solution in
+            the norm of the matrix. Each costs a product, counted in `linear_iterations`, and is
+            kept with the member. Worth it where members come back and θ moves slowly.
+
     Returns:
         The estimator.
 
     Raises:
-        ValueError: `products` is neither; `tolerance` is not positive, or comes together with
-            "gauss_newton" or a `view`, or (when traced) with `InnerLoop(tolerance=...)`; (when
-            traced) the problem has no `structure.composite`.
+        ValueError: `products` is neither; `recycled` is no whole number, 1 or more; `tolerance` is
+            not positive, or comes together with "gauss_newton", a `view` or several `recycled`, or
+            (when traced) with `InnerLoop(tolerance=...)`; (when traced) the problem has no
+            `structure.composite`.
 
     Source: Yang, Ma, Yu (AAAI 2025), Algorithm 1; the theorem in this form, and the tolerance:
     Pedregosa (ICML 2016), Algorithm 1.
@@ -103,8 +111,9 @@ def implicit(
     """
 
     checks.one_of("products", products, get_args(Matrix))
+    checks.count("recycled", recycled)
     if tolerance is not None:
-        _check_alone(tolerance, products, view)
+        _check_alone(tolerance, products, view, recycled)
         on_demand = partial(_on_demand.hypergradient, tolerance, solver or _on_demand.SOLVER)
         return per_task(on_demand, "implicit", losses_seen)
     solve = solver or cg(20)
@@ -131,7 +140,10 @@ def implicit(
         loss, pull_back, aux = jax.vjp(outer_loss, *arguments, has_aux=True)
         outer = pull_back(jnp.ones_like(loss))
         where = {"problem": problem, "params": params, "context": context}
-        solution = solve(product, outer[0], **where, start=begin.guess)
+        guess, made = begin.guess, 0
+        if recycled > 1 and guess is not None:
+            guess, made = combined(product, outer[0], guess), recycled
+        solution = solve(product, outer[0], **where, start=guess)
         # XLA (jax 0.10.2) would otherwise start the mixed product before the solve has ended, and
         # hold the intermediate values of both at once.
         params, value = jax.lax.optimization_barrier((params, solution.value))
@@ -143,7 +155,7 @@ def implicit(
         here, estimate = _residuals(problem, params, solution, outer, seen, estimating)
         report = report_of_loop(state)._replace(
             linear_residual=solution.residual if newton else _share(here.params, outer[0]),
-            linear_iterations=solution.iterations.astype(state.gradient_norm.dtype),
+            linear_iterations=(solution.iterations + made).astype(state.gradient_norm.dtype),
             linear_status=jnp.asarray(solution.status, state.gradient_norm.dtype),
             smallest_curvature=solution.curvature,
             error_estimate=estimate,
@@ -153,12 +165,17 @@ def implicit(
             bound = certify_measured(problem, params, measured, begin.context)
             report = report._replace(error_bound=bound.total)
         context_bar = pull_back_view(here.context)
-        return TaskGradient(loss, aux, context_bar, None, report, state, solution.value)
+        kept = solution.value
+        if recycled > 1:
+            kept = remembered(begin.guess, kept, recycled)
+        return TaskGradient(loss, aux, context_bar, None, report, state, kept)
 
     return per_task(rule, "implicit", losses_seen)
 
 
-def _check_alone(tolerance: float | Array, products: Matrix, view: View | None) -> None:
+def _check_alone(
+    tolerance: float | Array, products: Matrix, view: View | None, recycled: int
+) -> None:
     """Refuse a tolerance that is not positive, and what has no error to be held to it."""
     if not isinstance(tolerance, jax.core.Tracer):
         checks.positive("tolerance", jnp.asarray(tolerance).item())
@@ -171,6 +188,11 @@ def _check_alone(tolerance: float | Array, products: Matrix, view: View | None) 
                 f"tolerance: expected None with {name}, found {tolerance!r}: no certificate bounds "
                 "what that leaves out. Leave one of them out."
             )
+    if recycled > 1:
+        raise ValueError(
+            f"recycled: expected 1 with a tolerance, whose rounds start from the last v̂ alone, "
+            f"found {recycled}. Leave one of them out."
+        )
 
 
 def _share(residual: Params, right: Params) -> Scalar:

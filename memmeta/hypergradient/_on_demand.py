@@ -134,9 +134,9 @@ def until(
         return kept
 
     state = inner.start(problem, begin.params, context, begin.earlier)
-    # in a life that goes on, the slope that it began with
+    # in a life that goes on, the slope that it began with, unless it began at a minimum
     slope = trees.norm(jax.grad(problem.inner_loss)(begin.params, context))
-    slope = jnp.where(state.before > 0, state.first_gradient_norm, slope)
+    slope = jnp.where(state.before > 0, jnp.maximum(slope, state.first_gradient_norm), slope)
     unknown = jnp.full_like(state.gradient_norm, jnp.inf)
     share = jnp.minimum(jnp.asarray(tolerance, unknown.dtype), 0.5)
     none = jax.tree.map(jnp.zeros_like, begin.params)
