@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -182,6 +183,25 @@ def test_a_configuration_altered_after_the_fact(command, run, tmp_path, capsys):
 def test_bad_options_end_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, *arguments]) == 1
+    assert message in last_line(capsys)
+
+
+OWN = {
+    "uneven": ("def make(ways, image_shape):\n    return 1 / 0", "ZeroDivisionError: division by"),
+    "unfinished": ("def make(", "`import unfinished`: SyntaxError"),
+    "narrow": ("def make(ways):\n    return ways", "called with (ways, image_shape): TypeError"),
+    "other": ("def make(ways, image_shape):\n    return ways", "returned int, expected a memmeta"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_network_of_the_current_folder(name, tmp_path, monkeypatch, capsys):
+    """It is found, and what is wrong in it is said in one line."""
+    text, message = OWN[name]
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["train", *SMALL, "--network", f"module:{name}:make"]) == 1
     assert message in last_line(capsys)
 
 

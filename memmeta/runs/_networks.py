@@ -1,6 +1,8 @@
 """Networks of the command line by name, one of the user's own included."""
 
 import importlib
+import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -48,11 +50,12 @@ def network(
         except ValueError as error:
             raise ValueError(str(error).replace("image_shape", "image_size")) from error
     elif is_module(name):
+        factory = _factory(name)
         try:
-            found = _factory(name)(ways, image_shape)
-        except TypeError as error:
+            found = factory(ways, image_shape)
+        except Exception as error:
             raise ValueError(
-                f"--network {name}: called with (ways, image_shape): {error}"
+                f"--network {name}: called with (ways, image_shape): {_in_one_line(error)}"
             ) from error
         if not isinstance(found, Network):
             raise ValueError(
@@ -86,6 +89,8 @@ def _ours(
 
 def _factory(name: str) -> Callable[[int, tuple[int, int, int]], object]:
     path, _, attribute = name.removeprefix(MODULE).partition(":")
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, which Python leaves out for an installed command
     try:
         found: object = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -93,6 +98,15 @@ def _factory(name: str) -> Callable[[int, tuple[int, int, int]], object]:
             f"--network {name}: {error}; expected module:PATH.TO:FACTORY, where `import PATH.TO` "
             "works and FACTORY is a function of it"
         ) from error
+    except Exception as error:
+        raise ValueError(f"--network {name}: `import {path}`: {_in_one_line(error)}") from error
     if not callable(found):
         raise ValueError(f"--network {name}: {attribute} is no function")
     return found
+
+
+def _in_one_line(error: Exception) -> str:
+    """What went wrong in the user's code, and where."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said} ({frame.filename}, line {frame.lineno})"
