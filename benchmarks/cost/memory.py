@@ -48,6 +48,8 @@ METHODS = (
 """Those whose memory is drawn against T."""
 FLAT = ("memory_reduced", "fomaml", "imaml")
 """Those that are compiled for the largest T too; where memory grows, the line is clear before."""
+FRONT = ("memory_reduced", "imaml", "maml")
+"""Those that the picture draws in front of the others."""
 
 
 def of(method: str, steps: int, workload: Workload = BASE) -> float:
@@ -137,12 +139,16 @@ def picture(found: dict[Key, float], path: Path) -> None:
     """MB against T, one line a method, and the floor."""
     with pictures.panels(path) as (axes,):
         axes.axhline(found["T", "floor", 1], color="0.5", ls=":", label="a supervised gradient")
-        for method in dict.fromkeys(line for table, line, _ in found if table == "T"):
+        methods = dict.fromkeys(line for table, line, _ in found if table == "T")
+        for method in sorted(methods, key=lambda method: method not in FRONT):
             if method != "floor":
                 points = [(k, v) for (t, m, k), v in found.items() if (t, m) == ("T", method)]
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+                style = {"lw": 3.0} if method in FRONT else {"lw": 1.2, "alpha": 0.7, "zorder": 1}
+                axes.plot(*zip(*points, strict=True), marker="o", label=method, **style)
         axes.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel="MB, a task at a time")
-        axes.legend(fontsize=7)
+        pictures.plain_ticks(axes.xaxis, STEPS)
+        pictures.plain_ticks(axes.yaxis, (5, 10, 20, 50, 100, 200))
+        axes.legend()
 
 
 PEAK = ("memory_reduced", "imaml", "maml")

@@ -1,11 +1,13 @@
 """Pictures without a display."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 
 @contextmanager
@@ -35,3 +37,10 @@ def panels(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
     print(f"picture in {path}")
+
+
+def plain_ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Mark a logarithmic axis at these values, written as they are: 2, not 2 times ten to the 0."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(values)

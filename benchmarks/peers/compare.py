@@ -188,9 +188,10 @@ def picture(table: list[Row], path: Path) -> None:
         for number, name in enumerate(names):
             lengths, height = [row.get(name, np.nan) for row in table], 0.8 / len(names)
             offset = (number - (len(names) - 1) / 2) * height
-            axes.barh(places + offset, lengths, height, label=name)
+            axes.barh(places + offset, lengths, height, label=name.replace("1 cores", "1 core"))
         axes.plot([row["aim"] or np.nan for row in table], places, "k|", ms=18, label="aim")
         axes.set(yticks=places, yticklabels=[row["case"] for row in table], xscale="log")
+        pictures.plain_ticks(axes.xaxis, (1, 1.5, 2, 3, 5, 8))
         axes.set_xlabel("time of the fastest peer over ours")
         axes.invert_yaxis()
         axes.legend()
