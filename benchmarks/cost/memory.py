@@ -143,8 +143,9 @@ def picture(found: dict[Key, float], path: Path) -> None:
         for method in sorted(methods, key=lambda method: method not in FRONT):
             if method != "floor":
                 points = [(k, v) for (t, m, k), v in found.items() if (t, m) == ("T", method)]
-                style = {"lw": 3.0} if method in FRONT else {"lw": 1.2, "alpha": 0.7, "zorder": 1}
-                axes.plot(*zip(*points, strict=True), marker="o", label=method, **style)
+                width, order = (3.0, 2) if method in FRONT else (1.0, 1)
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, marker="o", lw=width, zorder=order, label=method)
         axes.set(xscale="log", yscale="log", xlabel="inner steps T", ylabel="MB, a task at a time")
         pictures.plain_ticks(axes.xaxis, STEPS)
         pictures.plain_ticks(axes.yaxis, (5, 10, 20, 50, 100, 200))
