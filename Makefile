@@ -11,7 +11,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
-PLAIN := $(addprefix tests/test_,$(addsuffix .py,imports inner linear_solve structural_zeros meta_step algorithms))
+PLAIN := $(addprefix tests/test_,$(addsuffix .py,imports inner linear_solve structural_zeros meta_step algorithms wrong_use))
 READY := $(VENV)/.ready
 
 .PHONY: setup train test test-slow test-plain test-latest regress lint format docs clean

@@ -73,6 +73,8 @@ LABELS = {
         "head": {"kernel": "shared", "bias": "adapts"},
     },
     "upper part": {"body": "shared", "head": "adapts"},
+    "one path": {"head": "adapts"},
+    "longest path": {"head": "shared", "head/kernel": "adapts", "head/bias": "adapts"},
 }
 
 
@@ -82,7 +84,7 @@ def test_who_adapts_by_name_or_label(kind):
     params = network.init(jax.random.key(0))
     problem = network_problem(network, LABELS[kind], proximal=0.0)
     sizes = {leaf.shape for leaf in jax.tree.leaves(problem.init(params))}
-    assert sizes == ({(5, 2), (2,)} if kind == "upper part" else {(5,), (2,)})
+    assert sizes == ({(5,), (2,)} if kind in ("predicate", "tree") else {(5, 2), (2,)})
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,11 @@ def test_who_adapts_by_name_or_label(kind):
             {"body": "fixed", "head": "adapts"},
             "adapts: expected one of 'adapts', 'shared'",
         ),
-        ({"body": "shared"}, r"adapts: found .*expected a tree of labels like"),
+        (
+            {"head": "adapts", "boddy": "shared"},
+            r"adapts: found labels for boddy, .*body/Dense_0/k",
+        ),
+        ({"body": "shared"}, "chooses no parameter"),
         ({"body": "shared", "head": "shared"}, "chooses no parameter"),
     ],
 )

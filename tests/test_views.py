@@ -181,8 +181,11 @@ def test_bad_views_are_named():
     context = (THETA, jax.tree.map(lambda leaf: leaf[0], tasks(ROWS)))
     for view, message in (
         (minibatch(ROWS + 1, is_data), "size: expected at most the 6 rows"),
-        (minibatch(2, lambda path: False), "of: expected leaves with one number of rows"),
-        (minibatch(2, lambda path: path.startswith("1/")), "of: expected leaves with one number"),
+        (minibatch(2, lambda path: False), "of: chooses leaves with no rows"),
+        (
+            minibatch(2, lambda path: path.startswith("1/")),
+            r"of: chooses leaves with \[6, 7\] rows",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             view(context, jax.random.key(0), jnp.int32(0))

@@ -119,10 +119,26 @@ def by_targets(
 
 
 def of_examples(loss: Loss | None) -> Losses:
-    """A user's loss with the signature of `Losses`, the classes ignored; `by_targets` for None."""
+    """A user's loss with the signature of `Losses`, the classes ignored; `by_targets` for None.
+
+    Raises:
+        ValueError: (when traced) the loss gives something else than one value an example.
+    """
     if loss is None:
         return by_targets
-    return lambda outputs, targets, classes: loss(outputs, targets)
+
+    def one_each(outputs: PyTree, targets: Array, classes: Array) -> Array:
+        values = jnp.asarray(loss(outputs, targets))
+        # [n, 1] would be multiplied with weights [n] to [n, n], n times too much without a word
+        if values.shape != targets.shape[:1] or not trees.is_inexact(values):
+            raise ValueError(
+                f"loss: returned {values.dtype}{list(values.shape)}, expected "
+                f"float32{list(targets.shape[:1])}, one value an example. Sum or average over the "
+                "other axes, for instance by .sum(-1)."
+            )
+        return values
+
+    return one_each
 
 
 def support_mean(losses: Losses, outputs: PyTree, targets: Shaped[Array, "n ..."]) -> Scalar:

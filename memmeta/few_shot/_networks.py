@@ -32,9 +32,9 @@ Adapts: TypeAlias = (
     Literal["head", "body", "all"] | Callable[[str], bool] | Callable[[str], str] | PyTree[str]
 )
 """A part of the network; a function of paths of parameters such as "body/Conv_0/kernel"; or a tree
-of labels, as in `optax.multi_transform`, like what the network's `init` gives or like its upper
-part, a label then standing for all below it. The function gives a bool or a label. Labels are
-"adapts" (φ) and "shared" (θ alone, the same for all tasks)."""
+of labels, as in `optax.multi_transform`, like what the network's `init` gives or like a part of it:
+a label stands for all below it, and what the tree leaves out is shared. The function gives a bool
+or a label. Labels are "adapts" (φ) and "shared" (θ alone, the same for all tasks)."""
 LABELS = ("adapts", "shared")
 
 
@@ -270,7 +270,7 @@ def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
     def label(path: tuple[Any, ...], _: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _path(path)
         if callable(adapts):
             found = adapts(name)
             return found if isinstance(found, str) else ("shared", "adapts")[bool(found)]
@@ -279,26 +279,44 @@ def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
     if isinstance(adapts, str) or callable(adapts):
         labels = jax.tree_util.tree_map_with_path(label, shapes)
     else:
-        try:
-            labels = jax.tree.broadcast(adapts, shapes)
-        except ValueError as error:
-            like = jax.tree.map(lambda leaf: "adapts", shapes)
-            raise ValueError(
-                f"adapts: found {adapts!r}, expected a tree of labels like {like!r}, or its upper "
-                "part."
-            ) from error
+        labels = _from_tree(adapts, shapes)
     for found in jax.tree.leaves(labels):
         checks.one_of("adapts", found, LABELS)
     if "adapts" not in jax.tree.leaves(labels):
-        names = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
-        ]
+        names = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         raise ValueError(
             f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all', a predicate "
             f"that is true for some of these, or a tree of labels: {', '.join(names)}."
         )
     return labels
+
+
+def _from_tree(adapts: PyTree[str], shapes: PyTree) -> PyTree[str]:
+    """The label of each parameter: of the longest path in the tree that leads to it, or above it.
+
+    Raises:
+        ValueError: a path of the tree leads to no parameter.
+    """
+    given = {_path(path): label for path, label in jax.tree_util.tree_leaves_with_path(adapts)}
+    names = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    unmet = [name for name in given if not any(f"{n}/".startswith(f"{name}/") for n in names)]
+    if unmet:
+        raise ValueError(
+            f"adapts: found labels for {', '.join(unmet)}, expected paths of parameters, or of "
+            f"what lies above them: {', '.join(names)}."
+        )
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        name = _path(path)
+        above = [p for p in given if f"{name}/".startswith(f"{p}/")]
+        return given[max(above, key=len)] if above else "shared"
+
+    found: PyTree[str] = jax.tree_util.tree_map_with_path(label, shapes)
+    return found
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def half_square(weight: float, tree: PyTree) -> Scalar:

@@ -39,6 +39,7 @@ def check_tasks(ways: int, loss: Loss | None, tasks: Any) -> None:
             "support_inputs, support_targets, query_inputs, query_targets), each with a leading "
             "axis of tasks."
         )
+    _check_extras(tasks.extras)
     for part in ("support", "query"):
         inputs, targets = (getattr(tasks, f"{part}_{kind}") for kind in ("inputs", "targets"))
         name, shape = f"{part}_targets", np.shape(targets)
@@ -54,6 +55,21 @@ def check_tasks(ways: int, loss: Loss | None, tasks: Any) -> None:
             _check_kind(name, targets, ways)
             if not isinstance(targets, jax.core.Tracer):
                 _check_values(name, np.asarray(targets), ways)
+
+
+def _check_extras(extras: Any) -> None:
+    """Refuse keys under another name, with which dropout would be off without a word."""
+    keys = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(extras)
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+    ]
+    if keys and not (isinstance(extras, dict) and "key" in extras):
+        raise ValueError(
+            f"extras: found PRNG keys at extras{', extras'.join(keys)}, expected them as "
+            '{"key": keys}, which networks draw their noise of. Write tasks._replace('
+            'extras={"key": keys}).'
+        )
 
 
 def _check_kind(name: str, targets: Any, ways: int) -> None:

@@ -54,8 +54,14 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
     checks.count("size", size)
 
     def view(context: Context, key: Key[Array, ""], step: Int32[Array, ""]) -> Context:
-        rows = {leaf.shape[0] for leaf in jax.tree.leaves(_chosen(context, of))}
-        checks.require("of", rows, len(rows) == 1, "leaves with one number of rows")
+        rows = {leaf.shape[0] for leaf in _chosen(context, of)}
+        if len(rows) != 1:
+            every = jax.tree_util.tree_leaves_with_path(context)
+            paths = ", ".join(f"{_path(keys)} {list(leaf.shape)}" for keys, leaf in every)
+            raise ValueError(
+                f"of: chooses leaves with {sorted(rows) or 'no'} rows, expected one number of "
+                f"rows. The context has {paths}."
+            )
         count = rows.pop()
         checks.require("size", size, size <= count, f"at most the {count} rows there are")
         epoch, batch = jnp.divmod(step, count // size)

@@ -74,6 +74,26 @@ class MetaState(NamedTuple):
     guard: Scalar | None
 
 
+def require_state(state: Any) -> None:
+    """Refuse what is no state, and a state whose arrays a former call has taken over.
+
+    Raises:
+        ValueError: saying which, and how to go on.
+    """
+    if not isinstance(state, MetaState):
+        raise ValueError(
+            f"state: found {type(state).__name__}, expected a MetaState. Begin with state = "
+            "step.init(theta), and go on with the state that the step returns."
+        )
+    counter: Any = state.step
+    known = isinstance(counter, jax.Array) and not isinstance(counter, jax.core.Tracer)
+    if known and counter.is_deleted():
+        raise ValueError(
+            "state: found one that a former call has used up, expected the newest. Write state, "
+            "metrics = step(state, tasks); jax.tree.map(jnp.copy, state.meta_params) keeps a θ."
+        )
+
+
 @dataclass(frozen=True)
 class MetaStep:
     """One outer iteration: call it, or trace `update` in a program of your own.
@@ -164,10 +184,12 @@ class MetaStep:
             The next state, and the metrics of this step.
 
         Raises:
-            ValueError: the tasks have no common leading axis, the devices or `task_chunk` do not
-                divide it, or one of the problem's functions does not return what it should.
+            ValueError: `state` is no state, or one that a former call has used up; the tasks have
+                no common leading axis, the devices or `task_chunk` do not divide it, or one of the
+                problem's functions does not return what it should.
             FloatingPointError: the step is `strict` and something went wrong; see `explain`.
         """
+        require_state(state)
         self.chunk(tasks)
         unmet = self._look(state, tasks)
         with said_if_long("the meta-step") if unmet else nullcontext():

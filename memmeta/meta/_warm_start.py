@@ -23,7 +23,7 @@ from memmeta.inner._loop import widened
 from memmeta.meta._mesh import TASKS, place, shards
 from memmeta.meta._metrics import Metrics, TaskMetrics, with_reset
 from memmeta.meta._reset import Reset
-from memmeta.meta._step import DRAWS, MetaState, MetaStep
+from memmeta.meta._step import DRAWS, MetaState, MetaStep, require_state
 from memmeta.problem import Batch, MetaParams
 
 LIVES = 2**31 - 2
@@ -273,6 +273,9 @@ class WarmStart:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state.memory))
 
     def _check(self, state: WarmState, tasks: Batch, numbers: PyTree) -> None:
+        is_state = isinstance(state, WarmState)
+        checks.require("state", type(state).__name__, is_state, "a WarmState, from init")
+        require_state(state.meta)
         members = state.memory.steps.shape[0]
         if members != self.size:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -76,6 +77,24 @@ def by_names(function: Callable[..., Any]) -> Callable[[Any, Any], dict[str, Any
     return arguments
 
 
+@contextmanager
+def met_first(call: Call | None) -> Iterator[None]:
+    """Say how to call a module whose arguments are others than the inputs and well-known names.
+
+    Raises:
+        TypeError: that of the module, with the remedy.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if call is not None or "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{error}. Say how the module is called, for instance by "
+            'call=lambda module, x, key: module(x["ids"], x["mask"], noisy=key is not None).'
+        ) from error
+
+
 def choose(layers: Sequence[str], modules: Sequence[str], head: Where) -> str | None:
     """The path of the head.
 
@@ -125,7 +144,7 @@ def assemble(parts: Parts, example: PyTree) -> Network:
         example: inputs of two or more examples; what stands in for arrays is filled with numbers.
 
     Raises:
-        ValueError: head and body together are not the module.
+        ValueError: head and body together are not the module, or its outputs have no second axis.
     """
     inputs = jax.tree.map(_filled, example)
     params = _moved(parts.init(jax.random.key(0)))
@@ -135,9 +154,10 @@ def assemble(parts: Parts, example: PyTree) -> Network:
         parts = _with_linear_head(parts, parts.dense)
     name = parts.head_name
     problem = (
-        f"head: the module is not its body followed by {name!r}. Choose a head that is called "
-        "once, last, with one argument, and shares no parameters with the rest; or head=None, and "
-        "say what adapts by a predicate."
+        f"head: the module is not its body followed by {name!r}. Something comes after it, such as "
+        "[:, 0] or a softmax: that belongs into the loss. Or it is called more than once, with "
+        "more than one argument, or shares parameters with the rest: choose another head, or "
+        "head=None, and say what adapts by a predicate."
     )
     try:
         features = jax.jit(parts.body)(params["body"], inputs, ones_like_examples(inputs))
@@ -148,6 +168,11 @@ def assemble(parts: Parts, example: PyTree) -> Network:
         raise ValueError(f"{problem} It raised {type(error).__name__}.") from error
     if not _same(outputs, expected):
         raise ValueError(problem)
+    if isinstance(outputs, jax.Array) and outputs.ndim < 2:
+        raise ValueError(
+            f"module: its outputs have shape {list(outputs.shape)}, expected [examples, outputs]. "
+            "Leave [..., 0] out, or write outputs[..., None]."
+        )
     shapes = [leaf.shape for leaf in jax.tree.leaves(features)]
     width = shapes[0][1] if len(shapes) == 1 and len(shapes[0]) == 2 else None
     ways = jax.tree.leaves(outputs)[0].shape[-1]

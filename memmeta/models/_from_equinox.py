@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta.models._assemble import LAST, Call, Parts, Where, assemble, by_names, choose, package
+from memmeta.models._assemble import (
+    LAST,
+    Call,
+    Parts,
+    Where,
+    assemble,
+    by_names,
+    choose,
+    met_first,
+    package,
+)
 from memmeta.models._network import Network, Params
 
 
@@ -142,7 +152,8 @@ def from_equinox(
                 model = _put(eqx, model, path, Seen(layer, _name(path)))
         return run(model, state, inputs, None, None)
 
-    jax.eval_shape(trace, example)
+    with met_first(call):
+        jax.eval_shape(trace, example)
     name = choose(order, list(modules), head)
 
     def halves(model: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """A transformed haiku function as a `Network`: its modules are met by an interceptor."""
 
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta.models._assemble import LAST, Call, Parts, Where, assemble, choose, package
+from memmeta._shared import checks
+from memmeta.models._assemble import (
+    LAST,
+    Call,
+    Parts,
+    Where,
+    assemble,
+    choose,
+    met_first,
+    package,
+)
 from memmeta.models._network import Network, Params
 from memmeta.models._normalization import batch_statistics
 
@@ -43,7 +54,8 @@ def from_haiku(
 
     Raises:
         ModuleNotFoundError: haiku is not installed.
-        ValueError: `head` is no module that can be split off; what there is to choose from is said.
+        ValueError: `head` is no module that can be split off; what there is to choose from is said;
+            or `transformed` takes no key.
 
     Example:
         >>> import haiku as hk
@@ -56,6 +68,10 @@ def from_haiku(
     """
     hk = package("haiku", "dm-haiku")
     stateful = isinstance(transformed, hk.TransformedWithState)
+    keyed = hasattr(transformed, "apply") and "rng" in signature(transformed.apply).parameters
+    remedy = "Give what hk.transform(f) returns, without hk.without_apply_rng."
+    expected = "a transformed function that takes a key"
+    checks.require("transformed", transformed, keyed, expected, remedy)
     lifted = transformed if stateful else hk.with_empty_state(transformed)
     order: list[str] = []
     called: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
@@ -101,7 +117,8 @@ def from_haiku(
             found = module(inputs) if call is None else call(module, inputs, None)
         return found[0], found[1]
 
-    drawn, state = start(jax.random.key(0))
+    with met_first(call):
+        drawn, state = start(jax.random.key(0))
     jax.eval_shape(lambda params, x: apply(params, x, None, None, "note"), drawn, example)
     name = choose([n for n in order if n in drawn], order, head)
 

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from memmeta.models._assemble import LAST, Call, Parts, Where, assemble, by_names, choose
+from memmeta.models._assemble import (
+    LAST,
+    Call,
+    Parts,
+    Where,
+    assemble,
+    by_names,
+    choose,
+    met_first,
+)
 from memmeta.models._network import Network, Params
 
 
@@ -83,7 +92,8 @@ def from_linen(
         with nn.intercept_methods(_interceptor(False, None, None, None)):
             return module.init(key, inputs, None, None, method=run)
 
-    drawn = start(jax.random.key(0))
+    with met_first(call):
+        drawn = start(jax.random.key(0))
     rest = {name: tree for name, tree in drawn.items() if name != "params"}
     calls: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
 

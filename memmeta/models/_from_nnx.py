@@ -7,7 +7,17 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from memmeta.models._assemble import LAST, Call, Parts, Where, assemble, by_names, choose, package
+from memmeta.models._assemble import (
+    LAST,
+    Call,
+    Parts,
+    Where,
+    assemble,
+    by_names,
+    choose,
+    met_first,
+    package,
+)
 from memmeta.models._from_linen import mask_of
 from memmeta.models._network import Network, Params
 
@@ -121,7 +131,8 @@ def from_nnx(
         return call(model, inputs, None) if call is not None else model(inputs, **names)
 
     if head == LAST:
-        jax.eval_shape(trace, drawn, example)
+        with met_first(call):
+            jax.eval_shape(trace, drawn, example)
     name = choose(order, list(modules), head)
 
     def halves(model: Any) -> tuple[Any, Any]:

@@ -61,7 +61,8 @@ def lora(
         "up"}}}, without "base" where it is frozen.
 
     Raises:
-        ValueError: `rank` is less than 1, or `where` chooses no matrix.
+        ValueError: `rank` is less than 1, `where` chooses no matrix, or `frozen` is not like
+            `network.init(key)`.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), 4.1.
 
@@ -77,6 +78,11 @@ def lora(
         jax.eval_shape(network.init, jax.random.key(0))["body"]
     )
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    if frozen is not None:
+        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        expected, found = (jax.tree.map(jnp.shape, tree) for tree in (shapes, frozen))
+        remedy = "Give parameters as network.init(key) makes them, with their body and head."
+        checks.require("frozen", found, found == expected, f"shapes {expected}", remedy)
     matrices = {
         name: leaf
         for name, (_, leaf) in zip(names, leaves, strict=True)

@@ -81,7 +81,8 @@ def r2d2(
         network: its body makes the features.
         ridge: where ρ starts, positive.
         statistics: which images give the batch statistics.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body", "log_ridge", "scale", "shift"}.
@@ -130,7 +131,7 @@ def protonet(
     Args:
         network: its body makes the features.
         statistics: which images give the batch statistics.
-        loss: of each example; None: cross-entropy.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy.
 
     Returns:
         The learner; θ is {"body": ...}.

@@ -31,7 +31,8 @@ def memory_reduced(
         cg_steps: conjugate-gradient steps, from zero.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -90,7 +91,8 @@ def imaml(
         adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
             the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -128,7 +130,8 @@ def stocbio(
         terms: Q, of the series.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -169,7 +172,8 @@ def amigo(
         cg_steps: conjugate-gradient steps.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.

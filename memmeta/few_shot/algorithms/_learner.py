@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from memmeta._shared import checks
 from memmeta.hypergradient import Estimator
 from memmeta.inner import InnerLoop
 from memmeta.meta._evaluation import Evaluation, evaluate
@@ -32,6 +33,10 @@ class Learner:
     inner: InnerLoop
     estimator: Estimator
     init: Callable[[Key[Array, ""]], MetaParams]
+
+    def __post_init__(self) -> None:
+        fits, remedy = isinstance(self.inner, InnerLoop), "Write memmeta.InnerLoop(optax.sgd(0.1))."
+        checks.require("inner", self.inner, fits, "a memmeta.InnerLoop", remedy)
 
     def make_meta_step(
         self,

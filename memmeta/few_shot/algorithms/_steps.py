@@ -42,7 +42,8 @@ def maml(
         adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
             the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -73,7 +74,8 @@ def boil(
         network: body and head; only the body is φ.
         inner: the inner loop.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -109,7 +111,8 @@ def anil(
             "separate" or "support" statistics the same numbers at many times the memory; give it
             `InnerLoop(optax.sgd(...))`.
         statistics: which images give the batch statistics.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -153,7 +156,8 @@ def itd_bio(
         recompute_features: as in `anil`.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
@@ -206,7 +210,8 @@ def meta_sgd(
         inner: the inner loop, made of `learned_rates`.
         first_rate: where every rate starts.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network and its "rates".

@@ -27,7 +27,8 @@ def fomaml(
         adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
             the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -58,7 +59,8 @@ def reptile(
         adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
             the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is the whole network.
@@ -92,7 +94,8 @@ def pzobo(
         directions: random directions a meta-step.
         statistics: which images give the batch statistics.
         start: the head that every task starts from, never trained; None means zeros.
-        loss: of each example; None: cross-entropy of class indices, squared error of values.
+        loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
+            class indices, squared error of values.
 
     Returns:
         The learner; θ is {"body": ...}.
