@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from memmeta._shared import trees
@@ -406,7 +405,7 @@ def products(problem: Problem, params: Params, u: Params, context: SplitContext)
 
     def along(params: Params, active: Context) -> tuple[Scalar, Params]:
         gradient = jax.grad(inner_loss)(params, active)
-        return jnp.asarray(optax.tree.vdot(gradient, u)), gradient
+        return trees.dot(gradient, u), gradient
 
     by_both = jax.grad(along, argnums=(0, 1), has_aux=True)
     (hessian, mixed), gradient = by_both(params, context.active)

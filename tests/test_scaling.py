@@ -1,5 +1,7 @@
 """Scaling over devices: what is read from programs, and the model of a pod in closed form."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,6 +10,7 @@ from problems import quadratic_problem, quadratic_tasks
 
 import memmeta as mm
 from benchmarks.harness.programs import collectives, equations, product_flops
+from benchmarks.scaling import decoder, paper, sharded
 from benchmarks.scaling.devices import aims
 from benchmarks.scaling.pod import Chip, Work, arithmetic, curve, first_break, predicted, work
 from memmeta.meta import task_mesh
@@ -96,3 +99,47 @@ def test_aims_are_missed_where_devices_disagree_or_talk_too_much():
     assert [line[""] for line in aims({"strong": [row]})] == ["holds"] * 3
     bad = row | {"apart": 1.0, "messages": "all-reduce, all-gather", "bytes": 9000}
     assert [line[""] for line in aims({"strong": [row], "weak": [bad]})] == ["MISSED"] * 3
+
+
+SHAPE = decoder.Shape(2, width=16, heads=2, hidden=24, words=32, rank=2, batch=16, length=4)
+
+
+def test_arguments_on_paper_are_those_of_the_program():
+    mesh = sharded.mesh_of(1, 8)
+    state, batch = sharded.shapes(SHAPE, mesh, each=3)
+
+    def of_device(tree):
+        leaves = jax.tree.leaves(tree)
+        shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+        return sum(4 * math.prod(shape) for shape in shapes)
+
+    found = paper.arguments(SHAPE, 8, each=3)
+    assert found["θ"] == of_device(state.meta_params)
+    assert found["Adam's moments"] == of_device(state.optimizer[0][1:])
+    assert found["data"] == of_device(batch)
+    jax.eval_shape(decoder.meta_step(SHAPE, mesh).update, state, batch)
+
+
+def test_what_is_kept_on_paper_closed_form():
+    def kept(**copies):
+        none = dict.fromkeys(paper.Copies._fields, 0.0)
+        found = paper.temporary(SHAPE, 8, paper.Copies(**{**none, **copies}))
+        return sum(found.values())
+
+    matrices = 16 * 48 + 16 * 16 + 16 * 48 + 24 * 16
+    assert kept(layer=1) == 4 * matrices
+    assert kept(inputs=1) == 4 * 2 * (2 * 4) * 16  # two sequences of four words on a device
+    assert kept(table=1) == 4 * 32 * 16
+    assert kept(outputs=1) == 4 * (2 * 4) * 32
+    assert kept(scores=1) == 4 * 2 * 2 * 4**2
+    assert kept(phi=1) == 4 * 2 * 2 * (16 + 48 + 16 + 16 + 16 + 48 + 24 + 16) / 8
+
+
+def test_aims_of_sharding_are_missed_where_a_device_holds_more_than_its_part():
+    def lines(share):
+        row = {"tasks × model": "· 8 / alone", "in all, kB": share}
+        tables = {"bytes": [row], "gradient": [{"apart": 1e-6}]}
+        return [line[""] for line in sharded.aims(tables, [{"paper / compiled": 1.0}], 79e9, 80.0)]
+
+    assert lines(1.1) == ["holds"] * 4
+    assert lines(1.3) == ["MISSED", "holds", "holds", "holds"]

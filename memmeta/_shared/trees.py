@@ -132,6 +132,27 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     return greatest * jnp.sqrt(jnp.where(total == 0, 1, total))
 
 
+def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
+    """The inner product aᵀb of two trees of one structure, aᴴb of complex ones.
+
+    All axes are contracted as they are: an array that is sharded over devices cannot be laid out as
+    a vector (as `jnp.vdot` does) without gathering it whole on each of them.
+
+    Example:
+        >>> float(dot({"a": jnp.ones((2, 3))}, {"a": jnp.full((2, 3), 2.0)}))
+        12.0
+    """
+
+    def one(x: Array, y: Array) -> Array:
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        axes = tuple(range(x.ndim))
+        return jax.lax.dot_general(jnp.conj(x), y, ((axes, axes), ((), ())))
+
+    products: list[Array] = jax.tree.leaves(jax.tree.map(one, a, b))
+    products = products or [jnp.zeros((), jnp.float32)]
+    return sum(products[1:], products[0])
+
+
 def accumulator(dtype: Any) -> Any:
     """The dtype sums are taken in: float32 for the half-precision types, else the dtype itself.
 

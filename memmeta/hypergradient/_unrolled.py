@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Key
 
 from memmeta._shared import checks
@@ -23,11 +24,13 @@ from memmeta.inner import InnerLoop, InnerState
 from memmeta.inner._solver import require_derivative_at_zero
 from memmeta.problem import Context, Params, Problem, Scalar, SplitContext
 
-Remat: TypeAlias = Literal["none", "step", "sqrt", "recursive"]
+Remat: TypeAlias = Literal["none", "step", "sqrt", "recursive", "host"]
 Outcome: TypeAlias = tuple[Scalar, tuple[Any, InnerState]]
 # `prevent_cse` is for code outside of loops: in a scan XLA cannot merge the second computation
 # with the first.
 checkpoint = partial(jax.checkpoint, prevent_cse=False)
+STATE = "memmeta_inner_state"
+"""The name under which a policy of `jax.checkpoint` finds the states between steps."""
 Loop: TypeAlias = Callable[[Problem, InnerLoop, InnerState, Context, Key[Array, ""]], InnerState]
 """(problem, inner, the state before the first step, context, key) -> the state after the last."""
 
@@ -43,7 +46,8 @@ def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator
             state and r that of what one step's derivative needs (for networks r ≫ s), memory grows
             as
             "none": K r; "step": K s + r; "sqrt": 2 √K s + r; "recursive": 2 log₂(K) s + r,
-            and a step is computed 1, 2, 3 and up to log₂(K) + 2 times.
+            and a step is computed 1, 2, 3 and up to log₂(K) + 2 times. "host": as "step", with the
+            K s in the host's memory where a backend (a GPU, a TPU) has one of its own.
         estimate_error: whether the report has an `error_estimate` where the problem gives its
             `strong_convexity`: how far the steps made are from the inner solution, in terms of the
             hypergradient. It costs two mixed products and two gradients of f, whatever K.
@@ -68,6 +72,9 @@ def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator
         def every_step(state: InnerState, context: Context, steps: int) -> InnerState:
             return inner.advance(problem, state, context, key, steps, checkpoint)
 
+        def from_host(state: InnerState, context: Context, steps: int) -> InnerState:
+            return inner.advance(problem, state, context, key, steps, offloaded)
+
         def by_root(state: InnerState, context: Context, steps: int) -> InnerState:
             return in_segments(every_step, state, context, steps, max(1, round(steps**0.5)))
 
@@ -79,7 +86,9 @@ def unrolled(remat: Remat = "none", *, estimate_error: bool = True) -> Estimator
 
         if remat == "none":
             return inner.advance(problem, state, context, key, inner.steps)
-        run = {"step": every_step, "sqrt": by_root, "recursive": by_halves}[remat]
+        run = {"step": every_step, "sqrt": by_root, "recursive": by_halves, "host": from_host}[
+            remat
+        ]
         return run(state, context, inner.steps)
 
     return per_task(through(loop, estimate_error), "unrolled")
@@ -125,6 +134,24 @@ def through(
         return TaskGradient(loss, aux, context_bar, start_bar, report, state)
 
     return rule
+
+
+def offloaded(step: Callable[..., InnerState]) -> Callable[..., InnerState]:
+    """`checkpoint` of a step; the state that it begins from waits in the host's memory."""
+
+    def named_step(state: InnerState, context: Context) -> InnerState:
+        # single numbers stay: on a TPU their transfer in a loop fails (jax 0.10.2, issue 24115)
+        name = lambda leaf: checkpoint_name(leaf, STATE) if leaf.size > 1 else leaf  # noqa: E731
+        return step(jax.tree.map(name, state), context)
+
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[STATE],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    kept: Callable[..., InnerState] = checkpoint(named_step, policy=policy)
+    return kept
 
 
 def has_known_curvature(problem: Problem, inner: InnerLoop) -> bool:

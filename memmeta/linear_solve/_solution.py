@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from memmeta._shared import checks, trees
@@ -152,7 +151,7 @@ Method: TypeAlias = Callable[[Operator, Vector], tuple[Any, ...]]
 
 def dot(a: Vector, b: Vector) -> Float[Array, ""]:
     """aᵀb over whole trees."""
-    return jnp.asarray(optax.tree.vdot(a, b))
+    return trees.dot(a, b)
 
 
 def axpy(scale: Float[Array, ""], x: Vector, y: Vector) -> Vector:

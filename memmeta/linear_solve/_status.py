@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool
 
 from memmeta._shared import trees
@@ -49,8 +48,8 @@ def is_positive(inverse: Callable[[Any], Any], r: Any) -> Bool[Array, ""]:
         >>> bool(is_positive(lambda r: -r, jnp.ones(2)))
         False
     """
-    quadratic = jnp.asarray(optax.tree.vdot(r, inverse(r)))
-    square = jnp.asarray(optax.tree.vdot(r, r))
+    quadratic = trees.dot(r, inverse(r))
+    square = trees.dot(r, r)
     # Of a residual that is rounding alone the squares may underflow.
     blind = ~(square > jnp.finfo(square.dtype).eps ** 3)
     return blind | ~jnp.isfinite(square) | ((quadratic > 0) & jnp.isfinite(quadratic))

@@ -23,8 +23,7 @@ def first_look(problem: Problem, inner: InnerLoop, meta_params: MetaParams, task
     if problem.structure.check is not None:
         problem.structure.check(tasks)
     count = trees.leading_size(tasks, "tasks")
-    shapes = jax.eval_shape(lambda tree: tree, (meta_params, tasks))
-    theta, batch = shapes
+    theta, batch = jax.tree.map(shape_of, (meta_params, tasks))
     task = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
     hint = (
         f"It was given one of {count} tasks, {_described(task)}; every leaf of `tasks` needs a "
@@ -67,6 +66,12 @@ def require_arrays(name: str, tree: Any) -> None:
                 "eqx.partition(module, eqx.is_array) for equinox, graph, arrays = "
                 "nnx.split(module) for flax nnx."
             )
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype without the sharding that an array on an explicit mesh has in its type."""
+    kind = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
 
 
 def _traced(name: str, function: Callable[..., Any], *shapes: Any, hint: str = "") -> Any:

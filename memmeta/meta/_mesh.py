@@ -1,12 +1,13 @@
 """The mesh of devices that tasks are spread over, and what each device works on."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -31,7 +32,7 @@ def task_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def mesh_of_tasks(mesh: Mesh | None) -> Mesh | None:
-    """A mesh with an axis of tasks, all of whose axes have the type Auto, as `spread` needs.
+    """A mesh with an axis of tasks, as it is given.
 
     Raises:
         ValueError: it is no mesh, or has no axis called "tasks".
@@ -44,7 +45,49 @@ def mesh_of_tasks(mesh: Mesh | None) -> Mesh | None:
             f"mesh: expected a jax.sharding.Mesh with an axis named {TASKS!r}, found {found!r}. "
             "memmeta.meta.task_mesh() makes one of all devices."
         )
+    return mesh
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with all axes Auto: the compiler, not the types, says what is where."""
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def untyped(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """Inside, arrays on the `automatic` mesh can be worked on, whatever mesh the caller has set.
+
+    A user's functions may then write `with_sharding_constraint(x, P("model"))` by name alone.
+    """
+    if mesh is None:
+        return nullcontext()
+    return jax.sharding.use_abstract_mesh(automatic(mesh).abstract_mesh)
+
+
+def without_types(mesh: Mesh | None, function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """Run a function with the shardings of its arguments' types set aside, and `out` given back.
+
+    On a mesh with axes of type Explicit (the default of `jax.make_mesh`) each array's type says how
+    it is sharded, and JAX refuses what does not say how its result is: reshapes, gathers and most
+    of a user's losses. Inside, the same layouts are the compiler's.
+
+    Args:
+        mesh: from `mesh_of_tasks`; one without such axes runs the function as it is.
+        function: of arrays.
+        out: a `PartitionSpec` for each output, or each subtree.
+    """
+    there = jax.sharding.get_abstract_mesh()
+    inside = not there.empty and AxisType.Explicit not in there.axis_types
+    if mesh is None or AxisType.Explicit not in mesh.axis_types or inside:
+        return function
+    is_spec = lambda leaf: isinstance(leaf, P)  # noqa: E731
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out, is_leaf=is_spec)
+    found: Callable[..., Any] = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return found
+
+
+def specs(tree: PyTree) -> PyTree:
+    """How each array is sharded, by its type: P() on a mesh without Explicit axes."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 
 def shards(mesh: Mesh | None) -> int:
@@ -77,7 +120,7 @@ def spread(
         # refused, and a derivative by the parameters would be summed over devices for every chunk.
         return jax.shard_map(
             function,
-            mesh=mesh,
+            mesh=automatic(mesh),
             in_specs=(P(),) * whole + (P(TASKS),) * split,
             out_specs=out_specs,
             axis_names={TASKS},
@@ -117,21 +160,22 @@ def place(mesh: Mesh | None, tree: PyTree, spec: P = P()) -> PyTree:
     if mesh is None:
         return tree
 
-    def one(leaf: Array) -> Array:
+    def one(leaf: Any) -> Array:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
-            return _put(leaf, NamedSharding(mesh, sharding.spec))
-        return _put(leaf, NamedSharding(mesh, spec))
+            return put(leaf, NamedSharding(mesh, sharding.spec))
+        return put(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, tree)
 
 
-def _put(leaf: Array, sharding: NamedSharding) -> Array:
+def put(leaf: Any, sharding: NamedSharding) -> Array:
+    """`jax.device_put`, of what several processes have alike too."""
     if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
         moved: Array = jax.device_put(leaf, sharding)
         return moved
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _put(jax.random.key_data(leaf), sharding)
+        data = put(jax.random.key_data(leaf), sharding)
         keys: Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return keys
     # some of the devices are other processes': each process brings its own devices' part

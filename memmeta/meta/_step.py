@@ -23,7 +23,17 @@ from memmeta.inner._solver import about, as_transformation
 from memmeta.meta._compiling import said_if_long
 from memmeta.meta._explain import explain, in_trouble
 from memmeta.meta._first_look import first_look, require_arrays
-from memmeta.meta._mesh import TASKS, mesh_of_tasks, place, shards, spread
+from memmeta.meta._mesh import (
+    TASKS,
+    automatic,
+    mesh_of_tasks,
+    place,
+    shards,
+    specs,
+    spread,
+    untyped,
+    without_types,
+)
 from memmeta.meta._metrics import (
     DEFAULT_GUARD,
     Guard,
@@ -53,6 +63,9 @@ NUMBERS_AT_ONCE = 32_768
 time, in the cache; a small dense one's (50 numbers) up to three times faster all at once. A GPU or
 TPU, slow at many small steps, takes all.
 """
+
+METRICS = Metrics._make([P()] * 6 + [P(TASKS)])
+"""How metrics are sharded."""
 
 
 class MetaState(NamedTuple):
@@ -161,16 +174,18 @@ class MetaStep:
         key = jax.random.key(0) if key is None else key
         single = jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key) and key.shape == ()
         checks.require("key", key, single, "one jax.random.key(...)")
-        copied = place(self.mesh, jax.tree.map(jnp.array, meta_params))
-        # Copied too: some optimisers keep one array twice, and both would be donated.
-        optimizer = jax.tree.map(jnp.array, self.optimizer.init(trees.split_inexact(copied)[0]))
-        guard = self.guard and self.guard.init(
-            jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
-        )
-        state: MetaState = place(
-            self.mesh, MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard)
-        )
-        return state
+        placed, key = place(self.mesh and automatic(self.mesh), (meta_params, key))
+        with untyped(self.mesh):
+            copied = jax.tree.map(jnp.array, placed)
+            floats, _ = trees.split_inexact(copied)
+            # Copied too: some optimisers keep one array twice, and both would be donated.
+            optimizer = jax.tree.map(jnp.array, self.optimizer.init(floats))
+            guard = self.guard and self.guard.init(
+                jnp.zeros((), jax.eval_shape(trees.norm, floats).dtype)
+            )
+            state = MetaState(jnp.int32(0), copied, optimizer, jnp.copy(key), guard)
+        on_mesh: MetaState = place(self.mesh, state)
+        return on_mesh
 
     def __call__(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """One compiled meta-step; `state` is donated, unless the step is `strict`.
@@ -203,7 +218,8 @@ class MetaStep:
         leaves, structure = jax.tree.flatten(tasks)
         met = structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if met not in self._met:
-            first_look(self.problem, self.inner, state.meta_params, tasks)
+            with untyped(self.mesh):
+                first_look(self.problem, self.inner, state.meta_params, tasks)
             self._met.add(met)
             return True
         return False
@@ -219,8 +235,16 @@ class MetaStep:
 
     def update(self, state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
         """`__call__` as a pure function that is not yet compiled."""
-        following, metrics, _ = self.update_remembering(state, tasks, None)
-        return following, metrics
+
+        def updated(state: MetaState, tasks: Batch) -> tuple[MetaState, Metrics]:
+            following, metrics, _ = self.update_remembering(state, tasks, None)
+            return following, metrics
+
+        if self.mesh is None:
+            return updated(state, tasks)
+        out = (specs(state), METRICS)
+        found: tuple[MetaState, Metrics] = without_types(self.mesh, updated, out)(state, tasks)
+        return found
 
     def update_remembering(
         self, state: MetaState, tasks: Batch, memory: Memory | None
@@ -274,8 +298,16 @@ class MetaStep:
         Returns:
             The gradient, like the inexact leaves of θ, and the metrics.
         """
-        gradient, metrics, _ = self.gradient_remembering(state, tasks, None)
-        return gradient, metrics
+
+        def both(state: MetaState, tasks: Batch) -> tuple[MetaParams, Metrics]:
+            gradient, metrics, _ = self.gradient_remembering(state, tasks, None)
+            return gradient, metrics
+
+        if self.mesh is None:
+            return both(state, tasks)
+        out = (specs(trees.split_inexact(state.meta_params)[0]), METRICS)
+        found: tuple[MetaParams, Metrics] = without_types(self.mesh, both, out)(state, tasks)
+        return found
 
     def gradient_remembering(
         self, state: MetaState, tasks: Batch, memory: Memory | None
@@ -428,9 +460,13 @@ def make_meta_step(
             fastest at (see `NUMBERS_AT_ONCE`), None all.
         mesh: the devices to spread tasks over, along its axis named "tasks" (see
             `memmeta.meta.task_mesh`); changes nothing but rounding. Devices exchange one sum a
-            meta-step. Parameters are on every device; those of a model that does not fit may be
-            sharded over a further axis of the mesh, given so to `init`, and the compiler then adds
-            what communication the model needs. None means one device.
+            meta-step. Parameters are on every device, unless θ is given to `init` sharded over a
+            further axis of the mesh: then so are the optimiser's state, whatever of φ, the inner
+            state and the solver's vectors comes of θ, and tasks that are given so; the compiler
+            adds what communication the model needs. The problem's functions may name that axis in
+            `jax.lax.with_sharding_constraint(x, P("model"))`. Axes of type Explicit, the default of
+            `jax.make_mesh`, are taken as they are: results have such types again, the problem's
+            functions see none. None means one device.
         guard: refuses updates that are not finite, or that follow an unusually large gradient; see
             `memmeta.meta.guard`. None follows all updates.
         strict: raise a FloatingPointError with the sentence of `memmeta.meta.explain` whenever a

@@ -5,13 +5,14 @@ linear steps; from a cold start a bias remains, which depends on those numbers.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental.shard_alike import shard_alike
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
@@ -20,10 +21,20 @@ from memmeta.hypergradient import Chunk
 from memmeta.hypergradient._estimator import as_keys, over_tasks
 from memmeta.hypergradient._seam import Memory, Row
 from memmeta.inner._loop import widened
-from memmeta.meta._mesh import TASKS, place, shards
+from memmeta.meta._first_look import shape_of
+from memmeta.meta._mesh import (
+    TASKS,
+    automatic,
+    place,
+    put,
+    shards,
+    specs,
+    untyped,
+    without_types,
+)
 from memmeta.meta._metrics import Metrics, TaskMetrics, with_reset
 from memmeta.meta._reset import Reset
-from memmeta.meta._step import DRAWS, MetaState, MetaStep, require_state
+from memmeta.meta._step import DRAWS, METRICS, MetaState, MetaStep, require_state
 from memmeta.problem import Batch, MetaParams
 
 LIVES = 2**31 - 2
@@ -126,23 +137,33 @@ class WarmStart:
         Returns:
             The state: `meta`, that of the meta-step inside, and `memory`, that of all members.
         """
-        meta = self.step.init(meta_params, key)
-        shapes = jax.eval_shape(self._first_memory, meta.meta_params, tasks, meta.key)
+        meta, mesh = self.step.init(meta_params, key), self.step.mesh
+        theta, run_key = place(mesh and automatic(mesh), (meta.meta_params, meta.key))
+        with untyped(mesh):
+            memory = self._begin(theta, jax.tree.map(shape_of, tasks), run_key)
+            if self.on_host:
+                return WarmState(meta, jax.tree.map(np.array, memory))
+        return WarmState(meta, place(mesh, memory, P(TASKS)))
+
+    def _begin(self, theta: MetaParams, tasks: Batch, key: Array) -> Memory:
+        """The memory of all members before any step."""
+        shapes = jax.eval_shape(self._first_memory, theta, tasks, key)
+        start, layout = self._at_start(theta, self.size), {}
+        if self.step.mesh is not None and not self.on_host:
+            layout = _layout_of(start, automatic(self.step.mesh))
+            start = jax.tree.map(lambda leaf: put(leaf, layout[leaf.shape]), start)
 
         def blank(leaf: jax.ShapeDtypeStruct) -> Array:
+            shape = (self.size, *leaf.shape[1:])
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # a solver's own, not yet used
-                return jnp.broadcast_to(meta.key, (self.size, *leaf.shape[1:]))
-            return jnp.zeros((self.size, *leaf.shape[1:]), leaf.dtype)
+                return jnp.broadcast_to(key, shape)
+            return jnp.zeros(shape, leaf.dtype, device=layout.get(shape))
 
         memory: Memory = jax.tree.map(blank, shapes)
-        run_key = jax.random.fold_in(jax.random.fold_in(meta.key, DRAWS), LIVES)
+        run_key = jax.random.fold_in(jax.random.fold_in(key, DRAWS), LIVES)
         members = jnp.arange(self.size)
         keys = jax.vmap(lambda number: jax.random.fold_in(run_key, number))(members)
-        start = self._at_start(meta.meta_params, self.size)
-        memory = memory._replace(params=start, key=jax.random.key_data(keys))
-        if self.on_host:
-            return WarmState(meta, jax.tree.map(np.array, memory))
-        return WarmState(meta, place(self.step.mesh, memory, P(TASKS)))
+        return memory._replace(params=start, key=jax.random.key_data(keys))
 
     def _first_memory(self, meta_params: MetaParams, tasks: Batch, key: Array) -> Memory | None:
         """What the estimator keeps of one task, for its shapes."""
@@ -197,7 +218,11 @@ class WarmStart:
 
     @cached_property
     def _compiled_on_host(self) -> Any:
-        return jax.jit(self._update_rows, donate_argnums=0)
+        def updated(meta: MetaState, tasks: Batch, memory: Memory) -> Any:
+            out = (specs(meta), METRICS, specs(memory))
+            return without_types(self.step.mesh, self._update_rows, out)(meta, tasks, memory)
+
+        return jax.jit(updated, donate_argnums=0)
 
     @cached_property
     def compiled(self) -> Any:
@@ -212,6 +237,15 @@ class WarmStart:
         The body of a `jax.lax.scan` over many meta-steps in one compiled program.
         """
         self._check(state, tasks, numbers)
+        out = (specs(state), METRICS)
+        found: tuple[WarmState, Metrics] = without_types(self.step.mesh, self._update, out)(
+            state, tasks, numbers
+        )
+        return found
+
+    def _update(
+        self, state: WarmState, tasks: Batch, numbers: Int[Array, " tasks"] | None
+    ) -> tuple[WarmState, Metrics]:
         if numbers is None:
             meta, metrics, memory = self._update_rows(state.meta, tasks, state.memory)
         else:
@@ -220,8 +254,9 @@ class WarmStart:
             write = lambda leaf, new: leaf.at[numbers].set(new, unique_indices=True)  # noqa: E731
             memory = jax.tree.map(write, state.memory, found)
         if self.step.mesh is not None:
-            spread = NamedSharding(self.step.mesh, P(TASKS))
-            memory = jax.lax.with_sharding_constraint(memory, spread)
+            memory = jax.tree.map(
+                partial(_as_it_came, automatic(self.step.mesh)), memory, state.memory
+            )
         return WarmState(meta, memory), metrics
 
     def _update_rows(
@@ -303,6 +338,27 @@ class WarmStart:
                 f"numbers: expected different numbers from 0 to {self.size - 1}, found "
                 f"{listed.tolist()}."
             )
+
+
+def _layout_of(start: PyTree, mesh: Mesh) -> dict[Any, NamedSharding]:
+    """By shape: members over the tasks' axis, and each as φ is over the other axes of the mesh.
+
+    What has the shape of a leaf of φ, such as a solver's moments or v̂, is laid out as that is.
+    """
+    layout = {}
+    for leaf in jax.tree.leaves(start):
+        known = isinstance(leaf.sharding, NamedSharding)
+        inside = leaf.sharding.spec[1:] if known else ()
+        layout[leaf.shape] = NamedSharding(mesh, P(TASKS, *inside))
+    return layout
+
+
+def _as_it_came(mesh: Mesh, new: Array, old: Array) -> Array:
+    """Members over the tasks' axis, and each over whatever else it was."""
+    new, _ = shard_alike(new, old)
+    rest = [P.UNCONSTRAINED] * (new.ndim - 1) if len(mesh.axis_names) > 1 else []
+    kept: Array = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, P(TASKS, *rest)))
+    return kept
 
 
 def _of_one_kind(found: Memory, memory: Memory) -> bool:
