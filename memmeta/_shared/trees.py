@@ -136,7 +136,8 @@ def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     """The inner product aᵀb of two trees of one structure, aᴴb of complex ones.
 
     All axes are contracted as they are: an array that is sharded over devices cannot be laid out as
-    a vector (as `jnp.vdot` does) without gathering it whole on each of them.
+    a vector (as `jnp.vdot` does) without gathering it whole on each of them. Products are exact to
+    the dtype on every device: by default a GPU or TPU may round float32 factors to fewer bits.
 
     Example:
         >>> float(dot({"a": jnp.ones((2, 3))}, {"a": jnp.full((2, 3), 2.0)}))
@@ -146,7 +147,8 @@ def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     def one(x: Array, y: Array) -> Array:
         x, y = jnp.asarray(x), jnp.asarray(y)
         axes = tuple(range(x.ndim))
-        return jax.lax.dot_general(jnp.conj(x), y, ((axes, axes), ((), ())))
+        contracted = ((axes, axes), ((), ()))
+        return jax.lax.dot_general(jnp.conj(x), y, contracted, jax.lax.Precision.HIGHEST)
 
     products: list[Array] = jax.tree.leaves(jax.tree.map(one, a, b))
     products = products or [jnp.zeros((), jnp.float32)]

@@ -145,8 +145,10 @@ def implicit(
             guess, made = combined(product, outer[0], guess), recycled
         solution = solve(product, outer[0], **where, start=guess)
         # XLA (jax 0.10.2) would otherwise start the mixed product before the solve has ended, and
-        # hold the intermediate values of both at once.
+        # hold the intermediate values of both at once. On a CPU it drops barriers before it orders
+        # the program: there φ̂ waits for the solver's count of products, which is never below 0.
         params, value = jax.lax.optimization_barrier((params, solution.value))
+        params = trees.where(solution.iterations < 0, value, params)
         solution = solution._replace(value=value)
 
         # a curvature of Gauss–Newton's matrix bounds nothing of the Hessian

@@ -149,9 +149,6 @@ def assemble(parts: Parts, example: PyTree) -> Network:
     inputs = jax.tree.map(_filled, example)
     params = _moved(parts.init(jax.random.key(0)))
     expected = jax.jit(parts.whole)(params, inputs)
-    if parts.dense is not None:
-        params = {"body": params["body"], "head": parts.dense(params["head"])}
-        parts = _with_linear_head(parts, parts.dense)
     name = parts.head_name
     problem = (
         f"head: the module is not its body followed by {name!r}. Something comes after it, such as "
@@ -161,6 +158,10 @@ def assemble(parts: Parts, example: PyTree) -> Network:
     )
     try:
         features = jax.jit(parts.body)(params["body"], inputs, ones_like_examples(inputs))
+        # on more axes, as of a sequence, it is a dense layer and no linear head
+        if parts.dense is not None and getattr(features, "ndim", 0) == 2:
+            params = {"body": params["body"], "head": parts.dense(params["head"])}
+            parts = _with_linear_head(parts, parts.dense)
         outputs = jax.jit(parts.head)(params["head"], features)
     except Exception as error:
         if name is None:
