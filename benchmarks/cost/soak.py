@@ -31,8 +31,8 @@ STEADY = 0.2
 GROWTH = 4.0
 """Megabytes that the allocator's own holdings may vary by."""
 LEFT = 0.1
-"""Megabytes a checkpoint may leave: at each save orbax asks tensorstore (0.1.86) for its counters and
-for a specification as JSON, and neither's strings are ever freed."""
+"""Megabytes a checkpoint may leave: at each save orbax asks tensorstore (0.1.86) for its counters
+and for a specification as JSON, and neither's strings are ever freed."""
 
 
 class TimeIsOver(Exception):

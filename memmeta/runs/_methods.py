@@ -49,8 +49,7 @@ def described(method: str) -> str:
     first = (inspect.getdoc(algorithms.METHODS[method]) or "").splitlines()[0]
     own = options_of(method)
     shown = [
-        f"--{name.replace('_', '-')}" + ("" if default is None else f" {default}")
-        for name, default in own.items()
+        _flag(name) + ("" if default is None else f" {default}") for name, default in own.items()
     ]
     said = (
         f"Its own options and their defaults: {', '.join(shown)}."
@@ -58,6 +57,10 @@ def described(method: str) -> str:
         else "It has no options besides those of all methods."
     )
     return f"{method}: {first}\n{said}"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def learner(
@@ -82,7 +85,7 @@ def learner(
     """
     own = options_of(method)
     for name, value in given.items():
-        remedy = f"Its own options: {', '.join(own) or 'none'}."
+        remedy = f"Its own options: {', '.join(map(_flag, own)) or 'none'}."
         expected = f"no value, as {method} has no such option"
         checks.require(name, value, name in own, expected, remedy)
     made: Callable[..., Learner] = algorithms.METHODS[method]
