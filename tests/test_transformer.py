@@ -59,6 +59,7 @@ def test_the_network_is_causal_and_its_head_reads_sequences():
     assert jnp.all(change[2:] > 0)
 
 
+@pytest.mark.slow
 def test_both_rules_agree_where_the_adapters_have_converged(x64):
     _, network = adapted(width=4)
     functions = problem.Functions(support=2, query=2, points=POINTS)

@@ -31,15 +31,18 @@ def confirmed(
         UserError: loading the data would read, make or download files, and the user named no
             folder; or the network is code, and the user did not name it.
     """
-    if is_module(config.network) and network != config.network:
+    code = is_module(config.network) and network != config.network
+    config = config if data is None else replace(config, data=data, data_dir=None)
+    reads = touches_files(config.data, config.data_dir, config.reading()) and data_dir is None
+    if code:
+        folder = f" --data-dir {config.data_dir or 'FOLDER'}" if reads else ""
         raise UserError(
             f"network: the configuration wants to run code, the network {config.network}; say "
-            f"--network {config.network} to confirm that it is yours"
+            f"--network {config.network}{folder} to confirm that it is yours"
         )
-    config = config if data is None else replace(config, data=data, data_dir=None)
     if data_dir is not None:
         return replace(config, data_dir=data_dir)
-    if touches_files(config.data, config.data_dir, config.reading()):
+    if reads:
         named = "" if config.data_dir is None else f" in {config.data_dir}"
         raise UserError(
             f"data_dir: the configuration wants to use the data set {config.data}{named}, where "

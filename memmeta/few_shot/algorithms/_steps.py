@@ -37,8 +37,9 @@ def maml(
 
     Args:
         network: body and head, both θ and φ. Give the head a random start.
-        inner: the inner loop, in training and, unless told otherwise, at test. As the authors of
-            `memory_reduced` ran it: `InnerLoop(optax.sgd(0.5), steps=3)`.
+        inner: the inner loop, in training and, unless told otherwise, at test; by default one step
+            of `optax.sgd(0.4)`. As the authors of `memory_reduced` ran it:
+            `InnerLoop(optax.sgd(0.5), steps=3)`.
         adapts: which parameters do, "all" or part of them, see `memmeta.few_shot.network_problem`:
             the others are shared by all tasks.
         statistics: which images give the batch statistics of the query pass.
@@ -72,7 +73,7 @@ def boil(
 
     Args:
         network: body and head; only the body is φ.
-        inner: the inner loop.
+        inner: the inner loop; by default one step of `optax.sgd(0.4)`.
         statistics: which images give the batch statistics of the query pass.
         loss: (outputs, targets) -> [examples], the loss of each example; None: cross-entropy of
             class indices, squared error of values.
