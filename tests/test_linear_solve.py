@@ -241,7 +241,10 @@ def test_singular_and_inconsistent_stays_finite(name, x64):
     found = compiled(name)(matrix, b)
     outside = np.linalg.norm(basis[:, :2].T @ b) / np.linalg.norm(b)
     assert np.all(np.isfinite(found.value))
-    assert found.residual >= outside - 1e-12
+    slack = 1e-12
+    if name.startswith("bicgstab"):  # may go so far along the kernel that A x is mostly rounding
+        slack += SIZE * 2.0**-52 * np.linalg.norm(matrix) * np.linalg.norm(found.value)
+    assert found.residual >= outside - slack / np.linalg.norm(b)
     if name in ("direct", "minres"):  # the least-squares answer
         assert found.residual < outside + 1e-9
 
