@@ -155,6 +155,16 @@ def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
     return sum(products[1:], products[0])
 
 
+def path_name(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf as users write it.
+
+    Example:
+        >>> [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path({"a": [1, 2]})]
+        ['a/0', 'a/1']
+    """
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
 def accumulator(dtype: Any) -> Any:
     """The dtype sums are taken in: float32 for the half-precision types, else the dtype itself.
 

@@ -270,7 +270,7 @@ def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
     shapes = jax.eval_shape(network.init, jax.random.key(0))
 
     def label(path: tuple[Any, ...], _: Any) -> Any:
-        name = _path(path)
+        name = trees.path_name(path)
         if callable(adapts):
             found = adapts(name)
             return found if isinstance(found, str) else ("shared", "adapts")[bool(found)]
@@ -283,7 +283,7 @@ def _labels(network: Network, adapts: Adapts) -> PyTree[str]:
     for found in jax.tree.leaves(labels):
         checks.one_of("adapts", found, LABELS)
     if "adapts" not in jax.tree.leaves(labels):
-        names = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        names = [trees.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
         raise ValueError(
             f"adapts: {adapts!r} chooses no parameter. Expected 'head', 'body', 'all', a predicate "
             f"that is true for some of these, or a tree of labels: {', '.join(names)}."
@@ -297,8 +297,10 @@ def _from_tree(adapts: PyTree[str], shapes: PyTree) -> PyTree[str]:
     Raises:
         ValueError: a path of the tree leads to no parameter.
     """
-    given = {_path(path): label for path, label in jax.tree_util.tree_leaves_with_path(adapts)}
-    names = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    given = {
+        trees.path_name(path): label for path, label in jax.tree_util.tree_leaves_with_path(adapts)
+    }
+    names = [trees.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     unmet = [name for name in given if not any(f"{n}/".startswith(f"{name}/") for n in names)]
     if unmet:
         raise ValueError(
@@ -307,16 +309,12 @@ def _from_tree(adapts: PyTree[str], shapes: PyTree) -> PyTree[str]:
         )
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        name = _path(path)
+        name = trees.path_name(path)
         above = [p for p in given if f"{name}/".startswith(f"{p}/")]
         return given[max(above, key=len)] if above else "shared"
 
     found: PyTree[str] = jax.tree_util.tree_map_with_path(label, shapes)
     return found
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def half_square(weight: float, tree: PyTree) -> Scalar:

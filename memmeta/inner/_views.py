@@ -6,13 +6,13 @@ The key is the task's own and the same in every step.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
-from memmeta._shared import checks
+from memmeta._shared import checks, trees
 from memmeta._shared.readable import named
 from memmeta.problem import Context
 
@@ -57,7 +57,7 @@ def minibatch(size: int, of: Callable[[str], bool]) -> View:
         rows = {leaf.shape[0] for leaf in _chosen(context, of)}
         if len(rows) != 1:
             every = jax.tree_util.tree_leaves_with_path(context)
-            paths = ", ".join(f"{_path(keys)} {list(leaf.shape)}" for keys, leaf in every)
+            paths = ", ".join(f"{trees.path_name(keys)} {list(leaf.shape)}" for keys, leaf in every)
             raise ValueError(
                 f"of: chooses leaves with {sorted(rows) or 'no'} rows, expected one number of "
                 f"rows. The context has {paths}."
@@ -168,17 +168,17 @@ def _mixed(x: Array) -> Array:
     return mixed
 
 
-def _path(keys: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def _chosen(context: Context, of: Callable[[str], bool]) -> list[Array]:
-    return [leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(context) if of(_path(keys))]
+    return [
+        leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(context)
+        if of(trees.path_name(keys))
+    ]
 
 
 def _changed(
     context: Context, of: Callable[[str], bool], change: Callable[[Array], Array]
 ) -> Context:
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: change(leaf) if of(_path(keys)) else leaf, context
+        lambda keys, leaf: change(leaf) if of(trees.path_name(keys)) else leaf, context
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from memmeta._shared import trees
 from memmeta.models._assemble import (
     LAST,
     Call,
@@ -212,15 +213,13 @@ def _modules(tree: Any, path: tuple[Any, ...], kind: type) -> Iterator[tuple[tup
 
 def _flat(eqx: Any, tree: Any) -> dict[str, Array]:
     leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {trees.path_name(path): leaf for path, leaf in leaves}
 
 
 def _like(eqx: Any, tree: Any, params: dict[str, Array]) -> Any:
     _, static = eqx.partition(tree, eqx.is_inexact_array)
     floats = eqx.filter(tree, eqx.is_inexact_array)
-    found = jax.tree_util.tree_map_with_path(
-        lambda path, _: params[jax.tree_util.keystr(path, simple=True, separator="/")], floats
-    )
+    found = jax.tree_util.tree_map_with_path(lambda path, _: params[trees.path_name(path)], floats)
     return eqx.combine(found, static)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from memmeta._shared import checks
+from memmeta._shared import checks, trees
 from memmeta.models._network import Network, Params
 
 
@@ -74,12 +74,10 @@ def lora(
         [('Dense_0/kernel', (4, 2), (2, 8))]
     """
     checks.count("rank", rank)
-    leaves = jax.tree_util.tree_leaves_with_path(
-        jax.eval_shape(network.init, jax.random.key(0))["body"]
-    )
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes["body"])
+    names = [trees.path_name(path) for path, _ in leaves]
     if frozen is not None:
-        shapes = jax.eval_shape(network.init, jax.random.key(0))
         expected, found = (jax.tree.map(jnp.shape, tree) for tree in (shapes, frozen))
         remedy = "Give parameters as network.init(key) makes them, with their body and head."
         checks.require("frozen", found, found == expected, f"shapes {expected}", remedy)

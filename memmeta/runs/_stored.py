@@ -33,7 +33,7 @@ def confirmed(
     """
     code = is_module(config.network) and network != config.network
     config = config if data is None else replace(config, data=data, data_dir=None)
-    reads = touches_files(config.data, config.data_dir, config.reading()) and data_dir is None
+    reads = data_dir is None and touches_files(config.data, config.data_dir, config.reading())
     if code:
         folder = f" --data-dir {config.data_dir or 'FOLDER'}" if reads else ""
         raise UserError(
