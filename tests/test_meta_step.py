@@ -221,3 +221,37 @@ def test_wrong_settings_are_named():
     )
     with pytest.raises(ValueError, match="meta_params: found no floating-point leaf"):
         step.init({"count": jnp.int32(1)})
+
+
+@pytest.mark.parametrize("size", [10, 5_000, 70_000])
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_one_bad_number_is_found_in_any_array(size, place):
+    """XLA's maximum of a long vector forgets a NaN in it (jax 0.10.2, CPU)."""
+
+    def outer_loss(phi, c):  # finite, without a derivative where φ is what it should be
+        return jnp.sum(jnp.sqrt((phi - c[1]) ** 2)), {}
+
+    problem = mm.Problem(
+        embed=lambda theta, task: (theta, task),
+        inner_loss=lambda phi, c: 0.5 * jnp.sum((phi - c[0]) ** 2),
+        outer_loss=outer_loss,
+        init=jnp.zeros_like,
+    )
+
+    def spoilt(updates, state, params=None):
+        return updates.at[place].set(jnp.nan), state
+
+    def one_step(tasks, optimizer):
+        inner = mm.InnerLoop(optax.sgd(0.5), 1)
+        step = mm.make_meta_step(
+            problem, inner, mm.hypergradient.unrolled(), optimizer, task_chunk=1
+        )
+        state, metrics = step(step.init(jnp.zeros(size)), tasks)
+        assert jnp.isfinite(state.meta_params).all()
+        return metrics.counts
+
+    good = jnp.ones((2, size))
+    assert one_step(good.at[0, place].set(jnp.nan), optax.identity()).inputs == 1
+    assert one_step(good.at[0, place].set(0), optax.identity()).hypergradient == 1
+    broken = optax.GradientTransformation(lambda params: optax.EmptyState(), spoilt)
+    assert one_step(good, broken).refused == 1

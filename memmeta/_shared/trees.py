@@ -1,6 +1,7 @@
 """Internal: pytrees split and merged, their norm, and which outputs depend on which inputs."""
 
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -55,7 +56,16 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
         >>> bool(all_finite({"a": jnp.ones(2), "n": 3}))
         True
     """
-    return jnp.isfinite(_largest(_few([x for x in jax.tree.leaves(tree) if is_inexact(x)])))
+    found = [
+        jnp.all(jnp.isfinite(each))
+        for each in _few(x for x in jax.tree.leaves(tree) if is_inexact(x))
+    ]
+    if not found:
+        return jnp.ones((), bool)
+    # The barrier keeps XLA (jax 0.10.2) from making the chain of all results anew in every kernel
+    # that uses its end.
+    finite: Array = jnp.all(jax.lax.optimization_barrier(jnp.stack(found)))
+    return finite
 
 
 SMALL = 4096
@@ -80,26 +90,6 @@ def _few(leaves: Iterable[Any]) -> list[Array]:
     ]
 
 
-def _largest(arrays: list[Array]) -> Float[Array, ""]:
-    """The largest magnitude in some arrays, zero in none; NaN where one of them has a NaN."""
-    if not arrays:
-        return jnp.zeros((), jnp.float32)
-    # The barriers keep XLA (jax 0.10.2) from making one reduction of many again, and the chain of
-    # their results anew in every kernel that uses its end.
-    arrays = jax.lax.optimization_barrier(arrays)
-    found = [jnp.max(_magnitude(leaf)) for leaf in arrays]
-    dtype = widest(each.dtype for each in found)
-    if len(found) == 1:
-        return found[0]
-    return jnp.max(jax.lax.optimization_barrier(jnp.stack([each.astype(dtype) for each in found])))
-
-
-def _magnitude(leaf: Array) -> Array:
-    if jnp.iscomplexobj(leaf):  # whose absolute value can overflow
-        return jnp.maximum(jnp.abs(leaf.real), jnp.abs(leaf.imag))
-    return jnp.abs(leaf)
-
-
 def where(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
     """`yes` or `no`, whole trees.
 
@@ -113,7 +103,8 @@ def where(condition: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
 def norm(tree: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of a tree, without overflow or underflow of the squares.
 
-    Sums are taken in float32 at least, so bfloat16 trees lose nothing more.
+    Sums are taken in float32 at least, so bfloat16 trees lose nothing more. The derivative at zero,
+    where a root has none, is zero.
 
     Example:
         >>> round(float(norm({"a": jnp.array([3e30]), "b": jnp.array([4e30])})) / 1e30, 3)
@@ -121,15 +112,40 @@ def norm(tree: PyTree) -> Float[Array, ""]:
     """
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     arrays = _few(leaf.astype(accumulator(leaf.dtype)) for leaf in leaves)
-    if not arrays:
-        return jnp.zeros((), jnp.float32)
-    dtype = widest(each.dtype for each in arrays)
-    greatest = jax.lax.stop_gradient(_largest(arrays)).astype(dtype)
-    scale = jnp.where(greatest > 0, greatest, 1)
-    squares = [jnp.sum((each / scale.astype(each.dtype)) ** 2).astype(dtype) for each in arrays]
-    total = sum(squares[1:], squares[0])
-    # A root has no derivative at zero: the one that is asked for there is zero.
-    return greatest * jnp.sqrt(jnp.where(total == 0, 1, total))
+    return _norm(arrays) if arrays else jnp.zeros((), jnp.float32)
+
+
+@jax.custom_jvp
+def _norm(arrays: list[Array]) -> Float[Array, ""]:
+    """Of the sums of squares of the numbers as they are, made small and made large: the one to use.
+
+    All three in one pass over the numbers; to look for the largest first would take a second one.
+    """
+    real = jnp.finfo(widest(each.dtype for each in arrays))
+    scales = jnp.asarray(np.ldexp(1.0, np.array([0, -5, 5]) * (real.maxexp // 8)), real.dtype)
+
+    def squares(each: Array) -> Float[Array, " scales"]:
+        scaled = jnp.expand_dims(each, 0) * scales.astype(each.dtype).reshape(-1, *[1] * each.ndim)
+        square = jnp.real(scaled * jnp.conj(scaled)) if jnp.iscomplexobj(each) else scaled**2
+        return jnp.sum(square, axis=range(1, square.ndim)).astype(real.dtype)
+
+    sums = reduce(jnp.add, map(squares, arrays))
+    as_is, small, large = jnp.sqrt(sums) / scales
+    known = jnp.where(as_is < jnp.inf, as_is, small)
+    return jnp.where(as_is < np.ldexp(1.0, -real.maxexp // 4), large, known)
+
+
+@_norm.defjvp
+def _norm_and_change(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """d‖a‖ = aᵀda / ‖a‖."""
+    (arrays,), (changes,) = primals, tangents
+    found = _norm(arrays)
+    length = jnp.where(found > 0, found, 1)
+    along = [
+        dot(each / length.astype(each.dtype), change).real.astype(found.dtype)
+        for each, change in zip(arrays, changes, strict=True)
+    ]
+    return found, reduce(jnp.add, along)
 
 
 def dot(a: PyTree, b: PyTree) -> Float[Array, ""]:
