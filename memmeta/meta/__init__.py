@@ -7,7 +7,8 @@ from memmeta.meta._mesh import task_mesh
 from memmeta.meta._metrics import Counts, Metrics, guard
 from memmeta.meta._rates import propose
 from memmeta.meta._reset import lifetimes, reset_every
-from memmeta.meta._step import MetaState, MetaStep, make_meta_step
+from memmeta.meta._state import MetaState
+from memmeta.meta._step import MetaStep, make_meta_step
 from memmeta.meta._warm_start import WarmStart
 
 __all__ = [

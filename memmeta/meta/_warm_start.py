@@ -34,7 +34,8 @@ from memmeta.meta._mesh import (
 )
 from memmeta.meta._metrics import Metrics, TaskMetrics, with_reset
 from memmeta.meta._reset import Reset
-from memmeta.meta._step import DRAWS, METRICS, MetaState, MetaStep, require_state
+from memmeta.meta._state import DRAWS, MetaState, require_state
+from memmeta.meta._step import METRICS, MetaStep
 from memmeta.problem import Batch, MetaParams
 
 LIVES = 2**31 - 2

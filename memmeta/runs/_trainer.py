@@ -30,7 +30,8 @@ from memmeta.data._registry import Split
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import _mesh as mesh_of
 from memmeta.meta._evaluation import Interval, confidence_interval
-from memmeta.meta._step import MetaState, MetaStep
+from memmeta.meta._state import MetaState
+from memmeta.meta._step import MetaStep
 from memmeta.problem import Batch, MetaParams, Params
 from memmeta.runs import _blocks as blocks
 from memmeta.runs import _devices as devices
