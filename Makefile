@@ -1,11 +1,12 @@
 # make train  meta-trains the paper's method on glyphs      make test  runs the tests
 # make lint   formatter, linter, types, imports, workflows  make clean removes what the others made
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
+# make bench-accelerator  measures what only a GPU or TPU can answer, with the Python that sees it
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
 # make test-slow    the tests that take minutes: runs killed again and again, several processes, notebooks
 # make test-plain   a sample of the tests as a user runs the library: annotations unchecked, XLA's optimiser on
 # make test-latest  the tests on the newest Python from 3.12 on, with the newest packages, in .venv-latest
-# Each but the last first makes .venv with the pinned versions of requirements.lock.
+# All but bench-accelerator, test-latest and clean first make .venv with the pinned versions of requirements.lock.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,7 +15,7 @@ LATEST := .venv-latest
 PLAIN := $(addprefix tests/test_,$(addsuffix .py,imports inner linear_solve structural_zeros meta_step algorithms wrong_use))
 READY := $(VENV)/.ready
 
-.PHONY: setup train test test-slow test-plain test-latest regress lint format docs clean
+.PHONY: setup train test test-slow test-plain test-latest regress bench-accelerator lint format docs clean
 
 setup: $(READY)
 
@@ -53,6 +54,11 @@ test-latest:
 regress: $(READY)
 	@echo "memmeta: comparing fixed counts of cost with their limits"
 	@$(BIN)/python -m benchmarks.regress
+
+# No .venv: the JAX of requirements.lock knows no accelerator, the image of one brings its own.
+bench-accelerator:
+	@echo "memmeta: measuring on what $$($(PYTHON) --version)'s JAX sees (PYTHON=... names another)"
+	@$(PYTHON) -m benchmarks.accelerator $(ARGS)
 
 lint: $(READY)
 	@echo "memmeta: formatter, linter, type checker, import rules, workflows"

@@ -2,8 +2,8 @@
 
 They are traced and lowered, not compiled. So it can be told of them that each operation has a form
 for the chip, that none of a CPU's forms is in the text, how large arguments and results are, and
-which arrays have an axis of inner steps. How large the temporary buffers are is not compared: that
-is the decision of the chip's own compiler.
+which arrays have an axis of inner steps. How large the temporary buffers are is the decision of the
+chip's own compiler; `python -m benchmarks.accelerator` asks the device.
 """
 
 import math

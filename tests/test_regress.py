@@ -6,7 +6,6 @@ import numpy as np
 from problems import quadratic_example
 
 import memmeta as mm
-from benchmarks.cost.speed import convolution_flops
 from benchmarks.problems import ridges
 from benchmarks.problems.workloads import Workload
 from benchmarks.regress import grown, is_convolution, is_pass, made_by, with_named_body
@@ -49,7 +48,7 @@ def test_passes_through_the_network_are_counted_forwards_and_backwards():
 def test_convolution_flops_closed_form():
     load = Workload(tasks=2, ways=3, shots=1, queries=1, image_shape=(4, 4, 1), width=8, depth=2)
     first, second = 2 * 16 * 9 * 1 * 8, 2 * 4 * 9 * 8 * 8
-    assert convolution_flops(load) == 12 * (2 * first + 3 * second)
+    assert load.convolution_flops == 12 * (2 * first + 3 * second)
 
 
 def test_without_an_error_estimate_the_gradient_is_the_same(x64):

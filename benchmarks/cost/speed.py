@@ -66,17 +66,6 @@ def prepared(run: Run) -> Call:
     return one
 
 
-def convolution_flops(load: Workload) -> float:
-    """Of one supervised gradient by direct convolution: forwards, kernels, images but the first."""
-    height, width, channels = load.image_shape
-    total = 0.0
-    for block in range(load.depth):
-        each = 2.0 * height * width * 9 * channels * load.width
-        total += each * (3 if block else 2)
-        height, width, channels = height // 2, width // 2, load.width
-    return total * load.images * load.tasks
-
-
 def work(options: argparse.Namespace) -> None:
     """In a process of its own, bound to its cores: measure and print JSON."""
     names = options.only or (QUICK if options.quick else NAMES)
@@ -101,7 +90,7 @@ def row(run: Run, seconds: np.ndarray, first: float, peak: float) -> Row:
     """The figures of one run; `peak` is FLOP/s of matrix products."""
     workload, method, steps = run
     median = float(np.median(seconds))
-    share = round(convolution_flops(workload_of(run)) / median / peak, 3)
+    share = round(workload_of(run).convolution_flops / median / peak, 3)
     found: Row = {"workload": workload, "method": method, "T": steps, "s": median}
     found |= {"from": seconds.min(), "to": seconds.max(), "first call s": round(first, 2)}
     # of the other methods the arithmetic is not that of one supervised gradient

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 Row = dict[str, Any]
 
 
@@ -43,6 +41,8 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 def machine() -> dict[str, Any]:
     """What figures of cost depend on."""
+    import jax  # only here: whoever asks for the devices takes memory of them
+
     return {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -78,7 +78,7 @@ PATIENCE = 8.0
 
 def contestants(case: Case, tasks: int) -> tuple[dict[str, Step], str]:
     """Name -> its meta-step; and the name of ours that must find the same numbers as the peers."""
-    from benchmarks.peers import libraries, pytorch
+    from benchmarks.peers import libraries, pytorch, vmapped
 
     workload = WORKLOADS[case.workload]
     workload = workload if case.workload == "a" else workload._replace(tasks=tasks)
@@ -101,7 +101,10 @@ def contestants(case: Case, tasks: int) -> tuple[dict[str, Step], str]:
         plain = pytorch.METHODS[name]
         found[label] = pytorch.meta_step(plain, params, batch, case.steps, last)
     for label, method in libraries.available()[0].get(name, {}).items():
-        found[label] = pytorch.meta_step(method, params, batch, case.steps, False)
+        found[label] = pytorch.meta_step(method, params, batch, case.steps)
+    if name in vmapped.METHODS:
+        at_once = pytorch.meta_step(vmapped.METHODS[name], params, batch, case.steps, together=True)
+        found["PyTorch, vmap over tasks"] = at_once
     return found, reference
 
 
@@ -138,9 +141,17 @@ def measure(case: Case, options: argparse.Namespace) -> list[Row]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """In a process of its own, bound to its cores: measure, and print rows as JSON."""
+    """In a process of its own, bound to its cores: measure, and print rows as JSON.
+
+    On a GPU both libraries use it; float32 is TF32 in both unless JAX is told otherwise.
+    """
     import torch
 
+    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+        raise SystemExit(f"peers: this PyTorch does not know the {jax.devices()[0].device_kind}")
+    config: Any = jax.config
+    short = config.jax_default_matmul_precision is None
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = short
     torch.set_num_threads(jax.device_count())
     for case in chosen(options):
         for row in measure(case, options):

@@ -7,6 +7,7 @@ of each by itself where they are recomputed.
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -63,15 +64,20 @@ class Conv4(nn.Module):
         return self.head(self.body(images))
 
 
+def device() -> torch.device:
+    """The GPU where JAX works on one, else the CPU."""
+    return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+
+
 def data(tasks: Any, channels_last: bool) -> Data:
     """The batch of `Workload.batch` as tensors."""
 
     def images(x: Any) -> Tensor:
         tensor = torch.tensor(np.array(x)).permute(0, 1, 4, 2, 3)
-        return tensor if channels_last else tensor.contiguous()
+        return (tensor if channels_last else tensor.contiguous()).to(device())
 
     def labels(y: Any) -> Tensor:
-        return torch.tensor(np.array(y)).long()
+        return torch.tensor(np.array(y)).long().to(device())
 
     return Data(
         images(tasks.support_inputs),
@@ -208,13 +214,19 @@ METHODS: dict[str, Callable[[Conv4, Data, int], Tensor]] = {
 
 
 def meta_step(
-    method: Callable[[Conv4, Data, int], Tensor], params: Any, tasks: Any, steps: int, last: bool
+    method: Callable[[Conv4, Data, int], Tensor],
+    params: Any,
+    tasks: Any,
+    steps: int,
+    last: bool = False,
+    together: bool = False,
 ) -> Callable[[], tuple[float, float]]:
     """A function that makes one meta-step with Adam: (mean query loss, gradient norm).
 
-    Parameters and tasks are those of JAX; `last`: images are stored with channels last.
+    Parameters and tasks are those of JAX; `last`: images are stored with channels last; `together`:
+    the method takes all tasks at once and returns their losses.
     """
-    net, batch = Conv4(params), data(tasks, last)
+    net, batch = Conv4(params).to(device()), data(tasks, last)
     if last:
         net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -222,7 +234,8 @@ def meta_step(
 
     def step() -> tuple[float, float]:
         optimizer.zero_grad()
-        losses = [method(net, Data(*(x[i] for x in batch)), steps).detach() for i in range(count)]
+        each = [batch] if together else [Data(*(x[i] for x in batch)) for i in range(count)]
+        losses = [method(net, some, steps).detach() for some in each]
         grads = [p.grad for p in net.parameters() if p.grad is not None]
         for grad in grads:
             grad /= count

@@ -40,6 +40,20 @@ class Workload(NamedTuple):
         """In one task."""
         return self.ways * (self.shots + self.queries)
 
+    @property
+    def convolution_flops(self) -> float:
+        """Of one supervised gradient on all images by direct convolution.
+
+        Forwards, kernels' gradients, and images' gradients of all blocks but the first.
+        """
+        height, width, channels = self.image_shape
+        total = 0.0
+        for block in range(self.depth):
+            each = 2.0 * height * width * 9 * channels * self.width
+            total += each * (3 if block else 2)
+            height, width, channels = height // 2, width // 2, self.width
+        return total * self.images * self.tasks
+
     def network(self, **options: Any) -> Network:
         """The Conv4 of this width; its head starts at random where a method learns the start."""
         sizes: Options = {"width": self.width, "depth": self.depth}

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Key, PyTree
@@ -356,10 +355,20 @@ def _layout_of(start: PyTree, mesh: Mesh) -> dict[Any, NamedSharding]:
 
 def _as_it_came(mesh: Mesh, new: Array, old: Array) -> Array:
     """Members over the tasks' axis, and each over whatever else it was."""
-    new, _ = shard_alike(new, old)
+    new = _sharded_alike(new, old)
     rest = [P.UNCONSTRAINED] * (new.ndim - 1) if len(mesh.axis_names) > 1 else []
     kept: Array = jax.lax.with_sharding_constraint(new, NamedSharding(mesh, P(TASKS, *rest)))
     return kept
+
+
+def _sharded_alike(new: Array, old: Array) -> Array:
+    """Tell the compiler that both are sharded alike; jax 0.11 has no word for it and finds out."""
+    try:
+        from jax.experimental.shard_alike import shard_alike
+    except ImportError:
+        return new
+    found: Array = shard_alike(new, old)[0]
+    return found
 
 
 def _of_one_kind(found: Memory, memory: Memory) -> bool:

@@ -1,0 +1,1 @@
+"""What only an accelerator can answer: device memory, seconds, matrix units, precision."""
