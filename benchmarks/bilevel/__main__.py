@@ -1,18 +1,22 @@
 """Stochastic bilevel methods: suboptimality against seconds and products, and against code by hand.
 
     python -m benchmarks.bilevel [--quick] [--problem quadratic logistic] [--samples N]
-        [--only METHOD ...] [--repeats N] [--cpu-time] [--out DIR]
+        [--only METHOD ...] [--benchmark-bilevel DIR] [--boat] [--repeats N] [--cpu-time]
+        [--out DIR]
 
 Two sets of 2^15 samples, blocks of 64. Each method makes as many steps as a budget of gradients
 and products pays for, in compiled parts of equal length. F(θ) − min F is read between the parts,
 outside of the timing. Then a scan of each recipe and the same written by hand, which goes through
 the same numbers, are timed in turn; and at last, on 20,000 samples, a step of SOBA and one exact
 hypergradient. Writes bilevel.json and bilevel.png.
+
+With --benchmark-bilevel, the folder of a clone of github.com/benchopt/benchmark_bilevel, and with
+--boat other libraries make the same steps too; their curves are drawn dashed. They need
+
+    pip install 'memmeta[peers]' && pip install --no-deps boat-torch
 """
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,57 +27,20 @@ import numpy as np
 from benchmarks.bilevel.by_hand import BY_HAND, Rates
 from benchmarks.bilevel.exact import LEAST, beside_exact
 from benchmarks.bilevel.exact import SAMPLES as SAMPLES_OF_EXACT
-from benchmarks.bilevel.problems import PROBLEMS, Example
+from benchmarks.bilevel.peers import CHECKED_STEPS, beside_peer, pairs, same_step
+from benchmarks.bilevel.problems import PROBLEMS, Example, in_order
 from benchmarks.bilevel.recipes import COSTS, RATES, first_state, one_task, step_of, view_of
+from benchmarks.bilevel.runs import curve, one_step, rows, run_of, scan
 from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, aim, show, write
 from benchmarks.harness.timing import in_turn
-from memmeta.meta import WarmStart
 
 SAMPLES, QUICK_SAMPLES, ROWS = 2**15, 2**9, 64
 BUDGET, QUICK_BUDGET = 160_000, 640
 """Gradients and products on a block of 64 rows that each method may make."""
-PARTS, TIMED, LIMIT = 20, 2000, 1.15
-"""Parts of a run; steps of a timed one; how much slower than by hand a recipe may be."""
-
-
-def scan(body: Callable[[Any, Any], tuple[Any, Any]], steps: int) -> Any:
-    """So many steps (carry, data) -> (carry, f) as one compiled call, the data as an argument."""
-
-    def run(carry: Any, data: Any) -> tuple[Any, Any]:
-        return jax.lax.scan(lambda c, _: body(c, data), carry, length=steps)
-
-    return jax.jit(run)
-
-
-def curve(name: str, example: Example, rates: Rates, budget: int) -> dict[str, list[float]]:
-    """F − min F, seconds and products along one run."""
-    samples = jax.tree.leaves(example.data)[0].shape[0]
-    cost = COSTS[name] * (samples / ROWS if name.endswith("all rows") else 1)
-    steps = max(1, round(budget / cost / PARTS))
-    step = step_of(name, example, view_of(name, ROWS), rates)
-    state, data = first_state(step, example, jax.random.key(0)), one_task(example.data)
-    part = scan(partial(one_step, step), steps).lower(state, data).compile()
-    found: dict[str, list[float]] = {"suboptimality": [], "seconds": [0.0], "products": [0.0]}
-    found["suboptimality"].append(gap(example, state.meta.meta_params))
-    for _ in range(PARTS):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(part(state, data))
-        found["seconds"].append(found["seconds"][-1] + time.perf_counter() - began)
-        found["products"].append(found["products"][-1] + cost * steps)
-        found["suboptimality"].append(gap(example, state.meta.meta_params))
-    return found
-
-
-def one_step(step: WarmStart, state: Any, tasks: Any) -> tuple[Any, Any]:
-    """A meta-step as the body of a scan, with its outer loss."""
-    state, metrics = step.update(state, tasks)
-    return state, metrics.loss
-
-
-def gap(example: Example, theta: Any) -> float:
-    return example.value(np.asarray(theta, np.float64)) - example.best
+TIMED, LIMIT = 2000, 1.15
+"""Steps of a timed run; how much slower than by hand a recipe may be."""
 
 
 def beside_hand(
@@ -119,28 +86,25 @@ def exact_row(name: str, rates: Rates, options: argparse.Namespace) -> Row:
     return row
 
 
-def rows(found: dict[str, dict[str, list[float]]]) -> list[Row]:
-    """Suboptimality at a tenth, a half and all of the budget, and what it cost."""
-    lines = []
-    for name, each in found.items():
-        at = {
-            f"at {share:.0%}": each["suboptimality"][round(share * PARTS)]
-            for share in (0.1, 0.5, 1)
-        }
-        cost = {"s": each["seconds"][-1], "products": each["products"][-1]}
-        lines.append({"method": name, "start": each["suboptimality"][0], **at, **cost})
-    return lines
-
-
 def picture(found: dict[str, Any], path: Path) -> None:
-    """A row a problem: against seconds, against products."""
+    """A row a problem: against seconds, against products; a peer in the colour of ours, dashed."""
     cells = [(problem, by) for problem in found for by in ("seconds", "products")]
     with pictures.panels(path, len(cells), columns=2) as axes:
         for panel, (problem, by) in zip(axes, cells, strict=True):
+            beside = {row["peer"]: row["ours"] for row in found[problem]["peers"]}
+            colours: dict[str, Any] = {}
             for name, each in found[problem]["curves"].items():
-                panel.plot(each[by], each["suboptimality"], marker=".", label=name)
+                style = "--" if name in beside else "-"
+                options = {"color": colours.get(beside.get(name, "")), "label": name}
+                shown = slice(by == "seconds", None)  # a log axis has no 0
+                x, y = each[by][shown], each["suboptimality"][shown]
+                (line,) = panel.plot(x, y, style, marker=".", **options)
+                colours[name] = line.get_color()
+            highest = 10 * each["suboptimality"][0]  # what diverges leaves the picture
             panel.set(yscale="log", xlabel=by, ylabel="F(θ) − min F", title=problem)
-            panel.legend(fontsize=8)
+            panel.set(xscale="log" if by == "seconds" else "linear", ylim=(None, highest))
+        for panel in axes[1::2]:
+            panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -150,30 +114,44 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     add("--problem", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     add("--samples", type=int, help=f"in each set; {SAMPLES}")
     add("--only", nargs="+", choices=COSTS, default=list(COSTS), metavar="METHOD")
+    add("--benchmark-bilevel", type=Path, metavar="DIR", help="its solvers too; see above")
+    add("--boat", action="store_true", help="BOAT too; see above")
     options = parser.parse_args(given)
-    samples = options.samples or (QUICK_SAMPLES if options.quick else SAMPLES)
-    budget, steps = (QUICK_BUDGET, 20) if options.quick else (BUDGET, TIMED)
-    found: dict[str, Any] = {}
-    for name in options.problem:
-        example, rates = PROBLEMS[name](samples), RATES[name]._replace(blocks=samples // ROWS)
-        curves = {method: curve(method, example, rates, budget) for method in options.only}
-        show(f"{name}, {samples} samples: F(θ) − min F", rows(curves))
-        timed = [
-            beside_hand(method, example, rates, steps, options)
-            for method in options.only
-            if method in BY_HAND
-        ]
-        show(f"{name}: a step of each recipe beside the same by hand", timed)
-        aims = [
-            aim(f"{row['method']} over by hand", f"≤ {LIMIT}", row["ratio"], row["ratio"] <= LIMIT)
-            for row in timed
-        ]
-        show(f"{name}: aims", aims)
-        beside = exact_row(name, rates, options)
-        found[name] = {"curves": curves, "timed": timed, "exact": beside}
+    found = {name: measure(name, options) for name in options.problem}
     write(options.out / "bilevel.json", found)
     picture(found, options.out / "bilevel.png")
     return found
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All of one problem."""
+    samples = options.samples or (QUICK_SAMPLES if options.quick else SAMPLES)
+    budget, steps = (QUICK_BUDGET, 20) if options.quick else (BUDGET, TIMED)
+    example, rates = PROBLEMS[name](samples), RATES[name]._replace(blocks=samples // ROWS)
+    peers = pairs(name, options)
+    same = [same_step(*named, example, rates) for named in peers.items()]
+    show(f"{name}: after {CHECKED_STEPS} steps of both on the same rows", same)
+    ours = [*options.only, *(pair.ours for pair in peers.values())]
+    runs = {method: run_of(method, example, rates, ROWS) for method in ours}
+    runs |= {peer: pair.peer(example, rates, ROWS) for peer, pair in peers.items()}
+    curves = {method: curve(run, example, budget) for method, run in runs.items()}
+    show(f"{name}, {samples} samples: F(θ) − min F", rows(curves))
+    ordered = lambda method: run_of(method, example, rates, ROWS, in_order(ROWS))  # noqa: E731
+    beside = [beside_peer(*named, runs, ordered, options) for named in peers.items()]
+    show(f"{name}: a step of each peer beside ours", beside)
+    timed = [
+        beside_hand(method, example, rates, steps, options)
+        for method in options.only
+        if method in BY_HAND
+    ]
+    show(f"{name}: a step of each recipe beside the same by hand", timed)
+    aims = [
+        aim(f"{row['method']} over by hand", f"≤ {LIMIT}", row["ratio"], row["ratio"] <= LIMIT)
+        for row in timed
+    ]
+    show(f"{name}: aims", aims)
+    exact = exact_row(name, rates, options)
+    return {"curves": curves, "same": same, "peers": beside, "timed": timed, "exact": exact}
 
 
 if __name__ == "__main__":

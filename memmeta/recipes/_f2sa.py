@@ -67,6 +67,8 @@ def f2sa(
         """g + weight · f, and f with its auxiliary output."""
         inner = problem.inner_loss(params, context)
         outer, aux = problem.outer_loss(params, context)
+        if weight == 0:
+            return inner, (outer, aux)  # no gradient of f
         tilt = jnp.asarray(weight, inner.dtype) * outer.astype(inner.dtype)
         return inner + tilt, (outer, aux)
 
