@@ -15,12 +15,17 @@ import numpy as np
 
 Call = Callable[[], Any]
 MATRIX = 2048
+"""Rows of the product that measures a machine's FLOP/s."""
+STREAM = 2**26
+"""Numbers of the array whose doubling measures its bandwidth: more than fit into a cache."""
 
 
 def in_turn(
     calls: Mapping[Any, Call], repeats: int, cpu_time: bool = False, patience: float = float("inf")
 ) -> dict[Any, np.ndarray]:
     """Seconds of each call, measured round by round, so that all meet the same disturbances.
+
+    Every other round goes backwards: what one call leaves in the caches meets each neighbour.
 
     Args:
         calls: by name; each waits for its result.
@@ -34,8 +39,8 @@ def in_turn(
     """
     clock = time.process_time if cpu_time else time.perf_counter
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
+    for number in range(repeats):
+        for name, call in list(calls.items())[:: -1 if number % 2 else 1]:
             if len(seconds[name]) > 1 and sum(seconds[name]) > patience:
                 continue
             began = clock()
@@ -51,8 +56,23 @@ def matrix_product() -> Call:
     return lambda: multiply(matrix, matrix).block_until_ready()
 
 
+def machine(repeats: int = 5) -> tuple[float, float]:
+    """FLOP/s of a matrix product in float32, and bytes/s of doubling a large array."""
+    array, double = jnp.ones(STREAM), jax.jit(lambda array: 2 * array)
+    calls = {"product": matrix_product(), "double": lambda: double(array).block_until_ready()}
+    for call in calls.values():
+        call()
+    seconds = in_turn(calls, repeats)
+    return 2 * MATRIX**3 / seconds["product"].min(), 2 * array.nbytes / seconds["double"].min()
+
+
 def bound_process(
-    module: str, arguments: Sequence[str], cores: int, devices: int, cache: Path
+    module: str,
+    arguments: Sequence[str],
+    cores: int,
+    devices: int,
+    cache: Path,
+    more: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
     """Run a benchmark's `--worker` in a process of its own; yields the lines it prints, as JSON.
 
@@ -65,6 +85,7 @@ def bound_process(
         cores: the first that this process may use, so many.
         devices: CPU devices that JAX has there.
         cache: folder of compiled programs.
+        more: further environment variables; an XLA_FLAGS is added to the number of devices.
 
     Raises:
         SystemExit: there are fewer cores, or the process failed.
@@ -72,8 +93,10 @@ def bound_process(
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < cores:
         raise SystemExit(f"cores: expected at most the {len(usable)} there are, found {cores}")
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    more = more or {}
+    flags = f"--xla_force_host_platform_device_count={devices} {more.get('XLA_FLAGS', '')}"
+    given = {**more, "XLA_FLAGS": flags.strip(), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = {**os.environ, **given}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", module, *arguments, "--worker"],
         stdout=subprocess.PIPE,

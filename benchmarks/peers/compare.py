@@ -1,13 +1,15 @@
 """The same meta-step here, in plain PyTorch, and through other libraries, in one run.
 
     pip install 'memmeta[peers]'
-    python -m benchmarks.peers.compare [--quick] [--cores 1 2] [--only a:maml:1 ...] [--out DIR]
+    python -m benchmarks.peers.compare [--quick] [--cores 1 2] [--only a:maml:1 ...]
+        [--vectors avx2] [--compiled] [--out DIR]
 
 Same network, parameters, tasks and cores. Losses and gradient norms of the first meta-step are
 compared before any time is; then one meta-step of each is timed in turn, again and again, and the
 median and spread are printed. Workload a: 4 tasks, 5-way 1-shot, 15 queries a class, 28×28×1,
 Conv4-64. Workload b32: 5-way 5-shot, 25 queries, 32×32×3, Conv4-64; b84: 84×84×3, Conv4-32; of the
-paper's 32 tasks a step `--tasks` are taken, as all cost the same. Writes peers.json and peers.png.
+paper's 32 tasks a step `--tasks` are taken, as all cost the same. The machine's matrix products and
+bandwidth stand beside the seconds. Writes peers.json and peers.png.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +28,7 @@ from jax.sharding import Mesh
 from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, show, write
-from benchmarks.harness.timing import bound_process, in_turn
+from benchmarks.harness.timing import bound_process, in_turn, machine
 from benchmarks.problems.workloads import WORKLOADS, learner, meta_step, spread
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import task_mesh
@@ -72,11 +75,22 @@ CASES = [
 ]
 
 QUICK = ["a:maml:1", "b32:memory_reduced:20"]
+VECTORS = {
+    "avx2": {
+        "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    }
+}
+"""What keeps JAX, PyTorch and their libraries to narrower vectors than the machine has."""
+COMPILED = ("anil", "itd_bio", "memory_reduced", "fomaml")
+"""What `torch.compile` takes: it differentiates no backward pass."""
 PATIENCE = 8.0
 """Seconds of measuring after which one contestant is not measured again."""
 
 
-def contestants(case: Case, tasks: int) -> tuple[dict[str, Step], str]:
+def contestants(case: Case, tasks: int, compiled: bool) -> tuple[dict[str, Step], str]:
     """Name -> its meta-step; and the name of ours that must find the same numbers as the peers."""
     from benchmarks.peers import libraries, pytorch, vmapped
 
@@ -100,6 +114,11 @@ def contestants(case: Case, tasks: int) -> tuple[dict[str, Step], str]:
     for label, last in (("PyTorch", False), ("PyTorch, channels last", True)):
         plain = pytorch.METHODS[name]
         found[label] = pytorch.meta_step(plain, params, batch, case.steps, last)
+    if compiled and name in COMPILED:
+        step = pytorch.meta_step(
+            pytorch.METHODS[name], params, batch, case.steps, last=True, compiled=True
+        )
+        found["PyTorch, compiled, channels last"] = step
     for label, method in libraries.available()[0].get(name, {}).items():
         found[label] = pytorch.meta_step(method, params, batch, case.steps)
     if name in vmapped.METHODS:
@@ -124,7 +143,7 @@ def ours(made: Learner, params: Any, batch: Any, mesh: Mesh | None) -> Step:
 
 def measure(case: Case, options: argparse.Namespace) -> list[Row]:
     """The rows of one comparison."""
-    steps, reference = contestants(case, options.tasks)
+    steps, reference = contestants(case, options.tasks, options.compiled)
     steps = {name: step for name, step in steps.items() if name not in options.without}
     first = {name: step() for name, step in steps.items()}
     seconds = in_turn(steps, options.repeats, options.cpu_time, PATIENCE)
@@ -165,10 +184,18 @@ def chosen(options: argparse.Namespace) -> list[Case]:
     return [known[name] for name in names]
 
 
-def in_process(arguments: list[str], cores: int) -> list[Row]:
+def speeds() -> Row:
+    """Of the machine, with the cores and vectors of this process."""
+    product, bandwidth = machine()
+    speed = {"sgemm GFLOP/s": product / 1e9, "memory GB/s": bandwidth / 1e9}
+    return {"cores": jax.device_count(), **speed}
+
+
+def in_process(arguments: list[str], cores: int, vectors: str | None) -> list[Row]:
     """Run `work` on so many cores; its rows, which are shown as they come."""
-    rows = []
-    for row in bound_process(MODULE, arguments, cores, cores, Path(".jax_cache").absolute()):
+    rows, cache = [], Path(".jax_cache").absolute() / (vectors or "")
+    more = VECTORS[vectors] if vectors else {}
+    for row in bound_process(MODULE, arguments, cores, cores, cache, more):
         rows.append(row)
         print(*row.values(), file=sys.stderr, flush=True)
     return rows
@@ -216,21 +243,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="and threads")
     parser.add_argument("--tasks", type=int, default=8, help="of workloads b, default 8")
     parser.add_argument("--without", nargs="+", default=[], help="peers to leave out, by name")
+    parser.add_argument("--vectors", choices=VECTORS, help="of both libraries; all there are")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too, a minute each")
+    parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("torch") is None:
         print("peers: left out, PyTorch is not installed (pip install 'memmeta[peers]')")
         return
     if options.worker:
-        return work(options)
+        return print(json.dumps(speeds())) if options.machine else work(options)
     from benchmarks.peers import libraries
 
     print("\n".join(libraries.available()[1]))
-    rows = [row for cores in options.cores for row in in_process(arguments, cores)]
+    run = partial(in_process, vectors=options.vectors)
+    machines = [row for cores in options.cores for row in run([*arguments, "--machine"], cores)]
+    show("The machine", machines)
+    rows = [row for cores in options.cores for row in run(arguments, cores)]
     show("Seconds a meta-step", rows)
     table = ratios(rows, chosen(options))
     show("Time of the fastest peer over ours", table)
-    write(options.out / "peers.json", {"rows": rows, "ratios": table})
+    write(options.out / "peers.json", {"machine": machines, "rows": rows, "ratios": table})
     picture(table, options.out / "peers.png")
 
 

@@ -220,15 +220,19 @@ def meta_step(
     steps: int,
     last: bool = False,
     together: bool = False,
+    compiled: bool = False,
 ) -> Callable[[], tuple[float, float]]:
     """A function that makes one meta-step with Adam: (mean query loss, gradient norm).
 
     Parameters and tasks are those of JAX; `last`: images are stored with channels last; `together`:
-    the method takes all tasks at once and returns their losses.
+    the method takes all tasks at once and returns their losses; `compiled`: the network is, by
+    `torch.compile`.
     """
     net, batch = Conv4(params).to(device()), data(tasks, last)
     if last:
         net = net.to(memory_format=torch.channels_last)
+    if compiled:
+        net.body, net.forward = torch.compile(net.body), torch.compile(net.forward)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     count = len(batch.support)
 
