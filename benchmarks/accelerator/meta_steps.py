@@ -135,10 +135,10 @@ def attempted(function: Callable[[], Any]) -> Any:
         return error
 
 
-def side_by_side(functions: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Results or exceptions of functions that mostly compile."""
+def side_by_side(functions: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Results or exceptions of functions that mostly compile, in order, each as soon as it can."""
     with ThreadPoolExecutor(min(COMPILERS, cores() or 1)) as pool:
-        return list(pool.map(attempted, functions))
+        yield from pool.map(attempted, functions)
 
 
 def rows(part: str, quick: bool) -> Iterator[Row]:

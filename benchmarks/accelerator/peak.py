@@ -46,7 +46,7 @@ def rows(quick: bool) -> Iterator[Row]:
 def one(what: str, quick: bool) -> Iterator[Row]:
     """In a process of its own: compile all, or measure the case of this number."""
     if what == "compile":
-        side_by_side([partial(Program, case, quick) for case in cases(quick)])
+        list(side_by_side([partial(Program, case, quick) for case in cases(quick)]))
         return
     program, device = Program(cases(quick)[int(what)], quick), jax.devices()[0]
     before = device.memory_stats()

@@ -128,8 +128,8 @@ def contestants(case: Case, tasks: int, compiled: bool) -> tuple[dict[str, Step]
 
 
 def ours(made: Learner, params: Any, batch: Any, mesh: Mesh | None) -> Step:
-    """The library's meta-step from given parameters."""
-    step = meta_step(made, 1, mesh)
+    """The library's meta-step from given parameters: a CPU takes one of these tasks at a time."""
+    step = meta_step(made, "auto", mesh)
     theta = jax.eval_shape(made.init, jax.random.key(0))
     kept = [step.init({part: params[part] for part in theta})]
     placed = spread(batch, mesh)
