@@ -310,8 +310,10 @@ class Guard(NamedTuple):
         """
         known = usual > 0
         near = gradient_norm <= jnp.where(known, self.factor * usual, jnp.inf)
-        # geometric mean with weight 1/10 on the newest; a ratio first, so that no product overflows
-        moved = usual * (gradient_norm / jnp.where(known, usual, 1)) ** 0.1
+        # Geometric mean with weight 1/8 on the newest, for three roots cost less than a power; of a
+        # ratio, so that no product overflows.
+        ratio = gradient_norm / jnp.where(known, usual, 1)
+        moved = usual * jnp.sqrt(jnp.sqrt(jnp.sqrt(ratio)))
         following = jnp.where(known, moved, gradient_norm)
         enters = (gradient_norm > 0) & jnp.isfinite(following)
         return near & trees.all_finite(proposed), jnp.where(enters, following, usual)
