@@ -164,7 +164,6 @@ class MetaStep:
             FloatingPointError: the step is `strict` and something went wrong; see `explain`.
         """
         require_state(state)
-        self.chunk(tasks)
         unmet = self._look(state, tasks)
         with said_if_long("the meta-step") if unmet else nullcontext():
             following, metrics = self.compiled(state, place(self.mesh, tasks, P(TASKS)))
@@ -175,8 +174,9 @@ class MetaStep:
     def _look(self, state: MetaState, tasks: Batch) -> bool:
         """`first_look` at a batch of shapes that this object has not met before; whether it is."""
         leaves, structure = jax.tree.flatten(tasks)
-        met = structure, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        met = structure, tuple(_kind(leaf) for leaf in leaves)
         if met not in self._met:
+            self.chunk(tasks)
             with untyped(self.mesh):
                 first_look(self.problem, self.inner, state.meta_params, tasks)
             self._met.add(met)
@@ -378,6 +378,13 @@ class MetaStep:
                 "once."
             )
         return self.task_chunk
+
+
+def _kind(leaf: Any) -> tuple[Any, Any]:
+    """Shape and dtype; of an array without the microseconds that `jnp.result_type` takes."""
+    if hasattr(leaf, "dtype"):
+        return leaf.shape, leaf.dtype
+    return np.shape(leaf), jnp.result_type(leaf)
 
 
 def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
