@@ -3,7 +3,7 @@
 # make regress compares fixed counts of cost (bytes, FLOPs, compilations) with their limits
 # make bench-accelerator  measures what only a GPU or TPU can answer, with the Python that sees it
 # make docs   builds the documentation into site/ (warnings are errors; nothing is fetched)
-# make test-slow    the tests that take minutes: runs killed again and again, several processes, notebooks
+# make test-slow    whole runs by the command line, pages, several devices, exports, populations, kills, notebooks
 # make test-plain   a sample of the tests as a user runs the library: annotations unchecked, XLA's optimiser on
 # make test-latest  the tests on the newest Python from 3.12 on, with the newest packages, in .venv-latest
 # All but bench-accelerator, test-latest and clean first make .venv with the pinned versions of requirements.lock.

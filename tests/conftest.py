@@ -14,12 +14,10 @@ from typechecker import PLAIN
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not PLAIN:
-    # Most of the tests' time is the compiler's, and small arrays need no optimised code; nor do
-    # small programs gain by being cut into parts that are compiled side by side.
+    # Most of the tests' time is the compiler's, and small arrays need no optimised code.
     FLAGS.append("--xla_backend_optimization_level=0")
-    if version("jaxlib").startswith("0.10."):  # others abort where they do not know a flag
-        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-        FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
+    if version("jaxlib").startswith("0.10."):
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # later ones do not know it, and abort
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 cache = pathlib.Path(__file__).parents[1] / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

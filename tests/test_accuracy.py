@@ -17,6 +17,8 @@ from memmeta.few_shot.algorithms import METHODS
 from memmeta.models import mlp
 from memmeta.problem import Task
 
+pytestmark = pytest.mark.slow
+
 TINY = Sizes(4, 2, 2, 2, 3, 0.0, episodes=4, meta_steps=2)
 
 

@@ -18,6 +18,8 @@ from memmeta.few_shot.algorithms import METHODS
 from memmeta.problem import Task
 from memmeta.runs import Config
 
+pytestmark = pytest.mark.slow
+
 WAYS, SHAPE, TINY = 3, (8, 8, 3), 1e-30
 
 

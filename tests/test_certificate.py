@@ -15,6 +15,8 @@ from benchmarks.problems import stopped
 from memmeta import certificate, few_shot, linear_solve
 from memmeta.linear_solve import extreme_eigenvalues, largest_eigenvalue_bound
 
+pytestmark = pytest.mark.slow
+
 
 def errors_of(draw, seed, count):
     """Errors and bounds of `count` random problems, in float64."""

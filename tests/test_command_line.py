@@ -26,6 +26,8 @@ from memmeta.runs import (
     train,
 )
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     *(
         "--ways=3",

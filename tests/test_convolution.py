@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec
 
 from memmeta.models import conv4, resnet12
 
+pytestmark = pytest.mark.slow
+
 
 def plain_conv(images, kernel):
     return lax.conv_general_dilated(

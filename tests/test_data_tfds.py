@@ -15,6 +15,8 @@ import memmeta.data
 from memmeta.__main__ import main
 from memmeta.data import DataError, Limits, Reading, load, load_host
 
+pytestmark = pytest.mark.slow
+
 tfds = pytest.importorskip("tensorflow_datasets", reason="the extra [tfds] is not installed")
 array_record = pytest.importorskip("array_record.python.array_record_module")
 Image = pytest.importorskip("PIL.Image")

@@ -19,6 +19,8 @@ import pytest
 
 import memmeta as mm
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 ALL_OF = re.compile(r"^::: all of ([\w.]+)$", re.MULTILINE)

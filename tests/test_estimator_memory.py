@@ -11,6 +11,8 @@ from problems import head_example, network_example
 import memmeta as mm
 from memmeta.hypergradient import ESTIMATORS
 
+pytestmark = pytest.mark.slow
+
 
 def bytes_used(estimator, example, steps):
     """Temporary memory of the compiled estimator."""

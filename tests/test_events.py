@@ -12,6 +12,8 @@ from test_faults import QUICK, TINY, line_count, start, wait_for_lines
 
 from memmeta.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 
 def records(path):
     """The events of one file: length, its checksum, the event, its checksum, and so on."""

@@ -22,6 +22,8 @@ from memmeta.few_shot.algorithms import METHODS
 from memmeta.hypergradient import ESTIMATORS
 from memmeta.models import conv4
 
+pytestmark = pytest.mark.slow
+
 CHIPS = ("cuda", "tpu")
 TASKS, WAYS, SHOTS, QUERIES, SIDE, WIDTH = 2, 3, 4, 4, 28, 16
 LOAD = Workload(TASKS, WAYS, SHOTS, QUERIES, (SIDE, SIDE, 1), WIDTH, depth=2)

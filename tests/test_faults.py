@@ -26,6 +26,8 @@ import memmeta as mm
 from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     *("--ways=2", "--queries=1", "--test-queries=1", "--width=2", "--tasks=2", "--log-every=1"),
     *("--checkpoint-every=2", "--episodes=2"),

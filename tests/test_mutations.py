@@ -16,6 +16,8 @@ from test_strangers import images, untouched
 from memmeta.data import DataError, Reading, load, load_host
 from memmeta.runs import Config, RunFolder, UserError, checkpoints, report
 
+pytestmark = pytest.mark.slow
+
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
 REFUSED = (UserError, DataError, checkpoints.CheckpointError)
 SMALL = Reading(size=8)

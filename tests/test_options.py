@@ -13,6 +13,8 @@ from memmeta.__main__ import main
 from memmeta.data import DataError, Reading, load, load_host
 from memmeta.runs import Config, make_trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("data", ["glyphs", "emoji"])
 @pytest.mark.parametrize("shots", [1, 5])

@@ -16,6 +16,8 @@ from memmeta.inner import minibatch
 from memmeta.meta import WarmStart, lifetimes, reset_every
 from memmeta.runs import checkpoints
 
+pytestmark = pytest.mark.slow
+
 MEMBERS, ROWS, SIZE, ALL = 3, 6, 2, 4
 ADAM = optax.adam(0.1, eps_root=1e-8)
 FROZEN = optax.sgd(0.0)

@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 import memmeta as mm
 from memmeta import linear_solve
 
+pytestmark = pytest.mark.slow
+
 KRYLOV = [name for name in linear_solve.SOLVERS if name not in ("direct", "neumann", "woodbury")]
 PRECONDITIONERS = {name: make() for name, make in linear_solve.PRECONDITIONERS.items()} | {
     "jacobi-block": linear_solve.jacobi(4, block=3)

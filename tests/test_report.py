@@ -15,6 +15,8 @@ from memmeta.__main__ import main
 from memmeta.runs import RunFolder, checkpoints, make_trainer
 from memmeta.runs.report import judge_all, write
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "--ways=3",
     "--queries=2",

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import memmeta as mm
 from benchmarks.harness.programs import collectives
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, EXAMPLES = 16, 32, 8
 ROWS = P(None, "model")
 DATA = P("tasks", "model")

@@ -18,6 +18,8 @@ from memmeta.few_shot.algorithms import METHODS
 from memmeta.hypergradient import ESTIMATORS
 from memmeta.runs import Config, make_trainer
 
+pytestmark = pytest.mark.slow
+
 SPREAD = PartitionSpec("tasks")
 KINDS = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
 MESSAGE = re.compile(rf" ({KINDS})(?:-start)?\(")

@@ -17,6 +17,8 @@ from memmeta.__main__ import main
 from memmeta.data import DataError, Limits, Reading, load, load_host
 from memmeta.runs import RunFolder, checkpoints
 
+pytestmark = pytest.mark.slow
+
 Image = pytest.importorskip("PIL.Image", reason="the extra [images] is not installed")
 SECRET = "mine, and not to be touched"
 RESUME, EVALUATE, REPORT = ["train", "--resume", "--run"], ["evaluate"], ["report"]

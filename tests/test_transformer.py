@@ -17,6 +17,8 @@ from memmeta.hypergradient import implicit, unrolled
 from memmeta.linear_solve import cg
 from memmeta.models import linear_head
 
+pytestmark = pytest.mark.slow
+
 POINTS = 4
 
 

@@ -381,10 +381,8 @@ class MetaStep:
 
 
 def _kind(leaf: Any) -> tuple[Any, Any]:
-    """Shape and dtype; of an array without the microseconds that `jnp.result_type` takes."""
-    if hasattr(leaf, "dtype"):
-        return leaf.shape, leaf.dtype
-    return np.shape(leaf), jnp.result_type(leaf)
+    """What tells tasks of other programs apart: shape and dtype; of no array, its type."""
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else (np.shape(leaf), type(leaf))
 
 
 def _zero_where_not(finite: Bool[Array, " tasks"]) -> Callable[[Array], Array]:
