@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.programs import equations, product_flops
 from benchmarks.harness.tables import Row, show, write
-from benchmarks.harness.timing import bound_process, in_turn, machine
+from benchmarks.harness.timing import bound_process, in_turn, peak_and_bandwidth
 from benchmarks.problems.workloads import WORKLOADS, learner, meta_step
 
 MODULE = "benchmarks.cost.roofline"
@@ -66,12 +66,11 @@ def alone(equation: Any) -> Callable[[], Any]:
 
 def bytes_of(equation: Any) -> float:
     """Of its arguments and its result."""
-    return float(sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars)) + float(
-        sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
-    )
+    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    return float(sum(array.size * array.dtype.itemsize for array in arrays))
 
 
-def measured(name: str, options: argparse.Namespace) -> list[Row]:
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """A row for each product of a run, one for all of them, and one for the rest of the step."""
     workload_name, method, steps = name.split(":")
     workload = WORKLOADS[workload_name]._replace(tasks=1)
@@ -80,16 +79,16 @@ def measured(name: str, options: argparse.Namespace) -> list[Row]:
     kept = [step.init(made.init(jax.random.key(0)))]
     times, example = products(step, kept[0], tasks, int(steps))
 
-    def whole() -> None:
+    def one() -> None:
         kept[0], _ = step(kept[0], tasks)
         jax.block_until_ready(kept[0])
 
-    whole()
-    calls: dict[Any, Callable[[], Any]] = {"step": whole}
+    one()
+    calls: dict[Any, Callable[[], Any]] = {"step": one}
     calls |= {what: alone(equation) for what, equation in example.items()}
     timed = in_turn(calls, options.repeats, options.cpu_time)
     seconds = {name: float(np.median(each)) for name, each in timed.items()}
-    peak, bandwidth = machine()
+    peak, bandwidth = peak_and_bandwidth()
     rows, total, least = [], 0.0, 0.0
     for what, count in times.most_common():
         flops, moved = product_flops(example[what]), bytes_of(example[what])
@@ -101,12 +100,12 @@ def measured(name: str, options: argparse.Namespace) -> list[Row]:
         row |= {"FLOP/byte": flops / moved, "of the roof": roof / seconds[what]}
         rows.append(row | {"of the step": count * seconds[what] / seconds["step"]})
     rows.sort(key=lambda row: -row["ms"])
-    whole_step, rest = seconds["step"], seconds["step"] - total
-    together = {"ms": 1e3 * total, "of the roof": least / total, "of the step": total / whole_step}
+    whole, rest = seconds["step"], seconds["step"] - total
+    together = {"ms": 1e3 * total, "of the roof": least / total, "of the step": total / whole}
     rows.append({"product": "all of them", **together})
-    rows.append({"product": "the rest", "ms": 1e3 * rest, "of the step": rest / whole_step})
+    rows.append({"product": "the rest", "ms": 1e3 * rest, "of the step": rest / whole})
     title = f"sgemm {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s"
-    return [{"run": name, "machine": title, **row} for row in rows]
+    return {"run": name, "machine": title, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,12 +121,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps(measured(name, options)), flush=True)
         return
     found = {}
-    for rows in bound_process(MODULE, arguments, 1, 1, Path(".jax_cache").absolute()):
-        name, title = rows[0]["run"], rows[0]["machine"]
-        found[name] = [
-            {k: v for k, v in row.items() if k not in ("run", "machine")} for row in rows
-        ]
-        show(f"{name}, one task, one core; {title}", found[name])
+    for each in bound_process(MODULE, arguments, 1, 1, Path(".jax_cache").absolute()):
+        found[each["run"]] = each["rows"]
+        show(f"{each['run']}, one task, one core; {each['machine']}", each["rows"])
     write(options.out / "roofline.json", found)
 
 

@@ -56,7 +56,7 @@ def matrix_product() -> Call:
     return lambda: multiply(matrix, matrix).block_until_ready()
 
 
-def machine(repeats: int = 5) -> tuple[float, float]:
+def peak_and_bandwidth(repeats: int = 5) -> tuple[float, float]:
     """FLOP/s of a matrix product in float32, and bytes/s of doubling a large array."""
     array, double = jnp.ones(STREAM), jax.jit(lambda array: 2 * array)
     calls = {"product": matrix_product(), "double": lambda: double(array).block_until_ready()}

@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from benchmarks.harness import pictures
 from benchmarks.harness.arguments import make_parser
 from benchmarks.harness.tables import Row, show, write
-from benchmarks.harness.timing import bound_process, in_turn, machine
+from benchmarks.harness.timing import bound_process, in_turn, peak_and_bandwidth
 from benchmarks.problems.workloads import WORKLOADS, learner, meta_step, spread
 from memmeta.few_shot.algorithms import Learner
 from memmeta.meta import task_mesh
@@ -186,7 +186,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 
 def speeds() -> Row:
     """Of the machine, with the cores and vectors of this process."""
-    product, bandwidth = machine()
+    product, bandwidth = peak_and_bandwidth()
     speed = {"sgemm GFLOP/s": product / 1e9, "memory GB/s": bandwidth / 1e9}
     return {"cores": jax.device_count(), **speed}
 
